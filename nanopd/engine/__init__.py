@@ -1,0 +1,1 @@
+"""Continuous batching: the scheduler decides each step's plan, a runner carries it out, the engine ties both."""

@@ -1,0 +1,122 @@
+"""The engine: schedule, execute, commit. Token ids in, token events out; no text and no torch in here."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from nanopd.core import (
+    FinishReason,
+    Request,
+    RowRecord,
+    SequenceGroup,
+    StepPlan,
+    StepRecord,
+    StepResult,
+    TokenEvent,
+)
+from nanopd.engine.limits import Limits
+from nanopd.engine.scheduler import Scheduler, Update
+
+STEPS_KEPT = 4096
+OnLayer = Callable[[int], None]
+
+
+class Runner(Protocol):
+    """Executes one step. `on_layer(i)` is called once layer i's keys and values of the step are in the cache."""
+
+    def execute(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult: ...
+
+
+class Engine:
+    """Serves requests in continuous batches on one device.
+
+    `layer_hook(plan, layer)` is called as each layer of a step has been stored: a transfer starts from there.
+    """
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, limits: Limits,
+                 layer_hook: Callable[[StepPlan, int], None] | None = None) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.limits = limits
+        self.layer_hook = layer_hook
+        self.history: deque[StepRecord] = deque(maxlen=STEPS_KEPT)
+        self.num_steps = 0
+
+    def add(self, request: Request, *, handoff: bool = False) -> None:
+        """Queue a request. Raises InvalidRequest if this engine could never serve it."""
+        self.limits.check(request)
+        if self.scheduler.find(request.request_id) is not None:
+            raise ValueError(f"request {request.request_id!r} is being served already")
+        self.scheduler.add(SequenceGroup(request, handoff=handoff))
+
+    def step(self) -> list[TokenEvent]:
+        """Run one step. Returns the tokens drawn in it; none if there was nothing that could run."""
+        plan = self.scheduler.schedule()
+        if not plan:
+            return []
+        try:
+            result = self.runner.execute(plan, self._on_layer(plan))
+        except Exception as error:  # whatever broke, the requests of this step get to know and the others go on
+            return self._fail_step(plan, error)
+        broken = self._fail_broken_rows(plan, result)
+        updates = self.scheduler.commit(plan, result)
+        self._record(plan, result)
+        return broken + [self._event(update) for update in updates]
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def cancel(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
+        """End a request, or one of the answers it has begun. Its blocks are free when this returns."""
+        return self._end(request_id, FinishReason.ABORT, index=index)
+
+    def fail(self, request_id: str, message: str) -> list[TokenEvent]:
+        """End a request with an error."""
+        return self._end(request_id, FinishReason.ERROR, error=message)
+
+    def _end(self, request_id: str, reason: FinishReason, *, index: int | None = None,
+             error: str | None = None) -> list[TokenEvent]:
+        group = self.scheduler.find(request_id)
+        if group is None:
+            return []
+        ended = group.open_answers
+        stopped = self.scheduler.cancel(request_id, reason, index)
+        if index is not None:
+            ended = [sequence.index for sequence in stopped]
+        return [TokenEvent(request_id, i, finish_reason=reason, error=error) for i in ended]
+
+    def _on_layer(self, plan: StepPlan) -> OnLayer | None:
+        hook = self.layer_hook
+        return None if hook is None else lambda layer: hook(plan, layer)
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> list[TokenEvent]:
+        message = f"{type(error).__name__}: {error}"
+        request_ids = dict.fromkeys(row.request.request_id for row in plan.rows)
+        return [event for request_id in request_ids for event in self.fail(request_id, message)]
+
+    def _fail_broken_rows(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
+        for row, drawn in zip(plan.rows, result.rows, strict=True):
+            if drawn.error is not None:
+                events += self.fail(row.request.request_id, drawn.error)
+        return events
+
+    @staticmethod
+    def _event(update: Update) -> TokenEvent:
+        sequence = update.sequence
+        return TokenEvent(
+            sequence.request_id, sequence.index, update.token_id, logprob=update.logprob,
+            top_logprobs=update.top_logprobs or None, finish_reason=update.finish_reason,
+            stop_reason=update.stop_reason, time=time.monotonic())
+
+    def _record(self, plan: StepPlan, result: StepResult) -> None:
+        rows = tuple(RowRecord(row.request.request_id, row.sequence.index, row.kind, row.num_new, row.num_cached)
+                     for row in plan.rows)
+        self.history.append(StepRecord(
+            self.num_steps, rows, tuple(plan.preempted), len(self.scheduler.waiting),
+            self.scheduler.manager.num_free_blocks, len(plan.copies), result.duration))
+        self.num_steps += 1

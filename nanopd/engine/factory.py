@@ -1,0 +1,86 @@
+"""Puts an engine together from a loaded model and a few options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nanopd.block_manager.cache import KVCache
+from nanopd.block_manager.manager import BlockSpaceManager
+from nanopd.config import CacheConfig, ConfigError, ModelSpec, SchedulerConfig
+from nanopd.engine.engine import Engine
+from nanopd.engine.limits import Limits
+from nanopd.engine.runner import ModelRunner
+from nanopd.engine.scheduler import Scheduler
+from nanopd.models.decoder import Decoder
+
+CPU_CACHE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to build an engine. Names follow vLLM's where it has one."""
+
+    max_model_len: int | None = None  # tokens; None: what the model was made for
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    prefill_chunk_size: int | None = None
+    block_size: int = 16
+    num_gpu_blocks_override: int | None = None  # also counts on a CPU
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    watermark: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"max_model_len must be at least 2, got {self.max_model_len}")
+
+
+def build_engine(model: Decoder, device: torch.device, options: EngineOptions, cache_share: float = 1.0) -> Engine:
+    """An engine around a loaded model, with a KV cache in `cache_share` of the memory its GPU has left.
+
+    Raises:
+        ConfigError: an option is out of range, or not one block fits into memory.
+    """
+    spec = model.spec
+    dtype = next(model.parameters()).dtype
+    max_model_len = _max_model_len(spec, options)
+    num_blocks = options.num_gpu_blocks_override
+    if num_blocks is None:
+        num_blocks = _num_blocks(spec, dtype, device, max_model_len, options, cache_share)
+    cache_config = CacheConfig(num_blocks, options.block_size, options.enable_prefix_caching, options.watermark)
+    cache = KVCache(spec, cache_config.num_blocks, cache_config.block_size, device, dtype)
+    manager = BlockSpaceManager.from_config(cache_config)
+    scheduler_config = SchedulerConfig(
+        options.max_num_seqs, options.max_num_batched_tokens, options.prefill_chunk_size, max_model_len)
+    limits = Limits(spec.vocab_size, max_model_len, num_blocks, options.block_size, options.max_num_seqs)
+    runner = ModelRunner(model, cache, spec.eos_token_ids)
+    return Engine(runner, Scheduler(scheduler_config, manager, spec.eos_token_ids), limits)
+
+
+def _max_model_len(spec: ModelSpec, options: EngineOptions) -> int:
+    if options.max_model_len is None:
+        return spec.max_position
+    if options.max_model_len > spec.max_position:
+        raise ConfigError(f"max_model_len {options.max_model_len} is more than the {spec.max_position} positions "
+                          "the model was made for")
+    return options.max_model_len
+
+
+def _num_blocks(spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_model_len: int,
+                options: EngineOptions, cache_share: float) -> int:
+    if options.block_size < 1:
+        raise ConfigError(f"block_size must be from 1 to 1024, got {options.block_size}")
+    block_bytes = spec.kv_bytes_per_token(dtype.itemsize) * options.block_size
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        room = int((free - total * (1 - options.gpu_memory_utilization)) * cache_share)
+        if room < block_bytes:
+            raise ConfigError(f"no room for a KV cache on {device}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are "
+                              f"free and gpu_memory_utilization is {options.gpu_memory_utilization}")
+        return room // block_bytes
+    one_sequence = -(-max_model_len // options.block_size)
+    return max(CPU_CACHE_BYTES // block_bytes, one_sequence)

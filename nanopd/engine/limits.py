@@ -1,0 +1,61 @@
+"""What one engine can take, checked before a request is let in. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanopd.core import InvalidRequest, Request
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The bounds of an engine: vocabulary, context, blocks and batch."""
+
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+
+    @property
+    def max_len(self) -> int:
+        """The longest sequence, prompt and answer together, in tokens."""
+        return min(self.max_model_len, self.num_blocks * self.block_size)
+
+    def check(self, request: Request) -> None:
+        """Raise InvalidRequest where this engine could never serve the request, however long it waits."""
+        self._check_prompt(request.prompt_token_ids)
+        self._check_answers(request)
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise InvalidRequest("the prompt is empty: give at least one token")
+        bad = next((t for t in token_ids if not isinstance(t, int) or not 0 <= t < self.vocab_size), None)
+        if bad is not None:
+            raise InvalidRequest(f"token id {bad!r} is out of range: the vocabulary goes from 0 to {self.vocab_size - 1}")
+        length = len(token_ids)
+        if length >= self.max_model_len:
+            raise InvalidRequest(f"the prompt has {length} tokens; the context holds {self.max_model_len}, one of "
+                                 "which is for the answer: shorten the prompt or raise max_model_len")
+        if length >= self.max_len:
+            raise InvalidRequest(f"the prompt has {length} tokens; the KV cache holds {self.num_blocks} blocks of "
+                                 f"{self.block_size} = {self.max_len} tokens, one of which is for the answer: "
+                                 "shorten the prompt or give the cache more blocks")
+
+    def _check_answers(self, request: Request) -> None:
+        """Answers share the prompt's full blocks; in the worst case nothing else is shared."""
+        answers = request.num_answers
+        if answers > self.max_num_seqs:
+            raise InvalidRequest(f"{answers} answers were asked for; a batch holds {self.max_num_seqs} sequences: "
+                                 "ask for fewer or raise max_num_seqs")
+        if request.beam and 2 * answers > self.vocab_size:
+            raise InvalidRequest(f"beam_width {answers} is too wide: a vocabulary of {self.vocab_size} tokens allows "
+                                 f"up to {self.vocab_size // 2} beams")
+        if answers == 1:
+            return  # it ends with "length" where the blocks end
+        shared = len(request.prompt_token_ids) // self.block_size
+        longest = min(len(request.prompt_token_ids) + (request.max_tokens or self.max_len), self.max_len)
+        needed = shared + answers * (-(-longest // self.block_size) - shared)
+        if needed > self.num_blocks:
+            raise InvalidRequest(f"{answers} answers of up to {longest - len(request.prompt_token_ids)} tokens may need "
+                                 f"{needed} blocks; the KV cache has {self.num_blocks}: ask for fewer or shorter answers")

@@ -1,0 +1,424 @@
+"""The public face: `LLM` (one engine) and `Cluster` (workers with roles). Text in, text out."""
+
+from __future__ import annotations
+
+import random
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any
+
+import torch
+
+from nanopd.config import ConfigError, ModelSpec, Topology
+from nanopd.core import (
+    BeamSearchParams,
+    InvalidRequest,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenEvent,
+)
+from nanopd.engine.engine import Engine
+from nanopd.engine.factory import EngineOptions, build_engine
+from nanopd.engine.limits import Limits
+from nanopd.engine.output import OutputProcessor
+from nanopd.models.decoder import Decoder
+from nanopd.models.loader import load_model, load_tokenizer
+from nanopd.router.central_scheduler import CentralScheduler, Timeline
+from nanopd.workers.executors import InlineExecutor
+from nanopd.workers.transfer import LocalTransport
+from nanopd.workers.worker import Worker
+
+Prompt = str | dict[str, Any]
+Messages = list[dict[str, str]]
+
+
+
+class Stream:
+    """One request's events as they come. Iterating drives the engine; `close` cancels the request."""
+
+    def __init__(self, client: Client, request_id: str) -> None:
+        self.request_id = request_id
+        self._client = client
+        self._events: deque[TokenEvent] = deque()
+        self._output: RequestOutput | None = None
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        while self._events or self._output is None:
+            if self._events:
+                yield self._events.popleft()
+            else:
+                self._client.step()
+
+    @property
+    def finished(self) -> bool:
+        return self._output is not None
+
+    def result(self) -> RequestOutput:
+        """Run until the request has ended and return all of it."""
+        while self._output is None:
+            self._client.step()
+        return self._output
+
+    def close(self) -> None:
+        self._client.cancel(self.request_id)
+
+    def _take(self, event: TokenEvent) -> None:
+        self._events.append(event)
+
+
+class Client(ABC):
+    """What `LLM` and `Cluster` share: prompts become requests, token events become text and outputs."""
+
+    def __init__(self, tokenizer: Any | None, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self._outputs = OutputProcessor(tokenizer)
+        self._streams: dict[str, Stream] = {}
+        self._request_ids = count()
+        self._random = random.Random(seed)
+
+    # -------------------------------------------------------------------------------- one request at a time
+
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
+        """Queue one prompt, a text or {"prompt_token_ids": [...]}. Returns its stream at once.
+
+        Raises InvalidRequest if it can't be served, and says why.
+        """
+        return self._submit(self._make_request(prompt, sampling_params or SamplingParams()))
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+        """The answer's events as they are drawn. Leaving the loop early cancels the request."""
+        stream = self.submit(prompt, sampling_params)
+        try:
+            yield from stream
+        finally:
+            stream.close()
+
+    def step(self) -> list[TokenEvent]:
+        """Advance by one step. Returns the events of all requests; they also reach their streams."""
+        drawn = self._advance()
+        events, stopped = self._outputs.process(drawn)
+        for request_id, index in stopped:
+            self._stop_answer(request_id, index)
+        self._deliver(events)
+        return events
+
+    def cancel(self, request_id: str) -> None:
+        """End a request wherever it is. No effect on one that has ended."""
+        if request_id in self._outputs:
+            events, _ = self._outputs.process(self._cancel(request_id))
+            self._deliver(events)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._streams)
+
+    # ----------------------------------------------------------------------------------- many at a time
+
+    def generate(
+        self,
+        prompts: Prompt | list[Prompt],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer all prompts, batched together. Outputs come in the prompts' order.
+
+        Raises InvalidRequest if any of them can't be served; then none has been started.
+        """
+        prompt_list = prompts if isinstance(prompts, list) else [prompts]
+        params = _one_for_each(sampling_params, len(prompt_list))
+        requests = [self._make_request(prompt, p) for prompt, p in zip(prompt_list, params, strict=True)]
+        return self._run(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | list[Messages],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer conversations, each a list of {"role": ..., "content": ...}, through the model's chat template."""
+        if not messages:
+            raise InvalidRequest("messages is empty: give at least one {'role': 'user', 'content': ...}")
+        conversations = messages if isinstance(messages[0], list) else [messages]
+        prompts: list[Prompt] = [self._apply_chat_template(conversation) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def beam_search(self, prompts: Prompt | list[Prompt], params: BeamSearchParams,
+                    use_tqdm: bool = True) -> list[RequestOutput]:
+        """The `beam_width` best answers to each prompt, best first."""
+        prompt_list = prompts if isinstance(prompts, list) else [prompts]
+        sampling = SamplingParams(temperature=0, max_tokens=params.max_tokens)
+        return self._run([self._make_request(prompt, sampling, params) for prompt in prompt_list], use_tqdm)
+
+    def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        for request in requests:
+            self.limits.check(request)
+        streams = [self._submit(request) for request in requests]
+        progress = _Progress(len(streams), enabled=use_tqdm)
+        try:
+            while not all(stream.finished for stream in streams):
+                before = sum(stream.finished for stream in streams)
+                events = self.step()
+                progress.update(streams, sum(stream.finished for stream in streams) - before, events)
+        finally:  # an interrupt must not leave requests behind
+            progress.close()
+            for stream in streams:
+                stream.close()
+        return [stream.result() for stream in streams]
+
+    # ---------------------------------------------------------------------------------------------- parts
+
+    @property
+    @abstractmethod
+    def limits(self) -> Limits:
+        """What a request has to keep to."""
+
+    @abstractmethod
+    def _start(self, request: Request) -> None: ...
+
+    @abstractmethod
+    def _advance(self) -> list[TokenEvent]: ...
+
+    @abstractmethod
+    def _cancel(self, request_id: str) -> list[TokenEvent]: ...
+
+    @abstractmethod
+    def _stop_answer(self, request_id: str, index: int) -> None: ...
+
+    def _submit(self, request: Request) -> Stream:
+        self._start(request)
+        self._outputs.add(request)
+        stream = self._streams[request.request_id] = Stream(self, request.request_id)
+        return stream
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            stream = self._streams.get(event.request_id)
+            if stream is None:
+                continue
+            stream._take(event)
+            if self._outputs.is_finished(event.request_id):
+                stream._output = self._outputs.pop(event.request_id)
+                del self._streams[event.request_id]
+
+    def _make_request(self, prompt: Prompt, sampling: SamplingParams, beam: BeamSearchParams | None = None) -> Request:
+        text, token_ids = self._tokenize(prompt)
+        if sampling.stop and self.tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer, and this model has none: use stop_token_ids")
+        seed = sampling.seed if sampling.seed is not None else self._random.getrandbits(64)
+        return Request(str(next(self._request_ids)), token_ids, sampling, text, beam, seed=seed)
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
+            return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+        text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+        if not isinstance(text, str):
+            raise InvalidRequest('a prompt must be a text or {"prompt_token_ids": [...]}, '
+                                 f"got {type(prompt).__name__}: {prompt!r:.80}")
+        if self.tokenizer is None:
+            raise InvalidRequest('this model has no tokenizer: give the prompt as {"prompt_token_ids": [...]}')
+        return text, self.tokenizer(text)["input_ids"]
+
+    def _apply_chat_template(self, messages: Messages) -> Prompt:
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise InvalidRequest("this model has no chat template: use generate() with a plain prompt")
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        token_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return {"prompt": text, "prompt_token_ids": token_ids}
+
+
+class LLM(Client):
+    """A model on one device, served in continuous batches.
+
+    Args:
+        model: "tiny" (embedded), a preset with load_format="dummy", a local directory, or a hub name.
+        device: "cpu", "cuda" or "cuda:N". Default: a GPU if there is one, else the CPU.
+        dtype: "float32", "bfloat16" or "float16". Default: float32 on a CPU, the checkpoint's on a GPU.
+        options: see `EngineOptions`: max_model_len, max_num_seqs, max_num_batched_tokens, block_size, ...
+    """
+
+    def __init__(self, model: str = "tiny", *, device: str | None = None, dtype: str | torch.dtype | None = None,
+                 load_format: str = "auto", seed: int = 0, **options: Any) -> None:
+        engine_options = _engine_options(options)
+        torch_device = _resolve_device(device)
+        decoder, _ = load_model(model, device=torch_device, dtype=dtype, load_format=load_format, seed=seed)
+        super().__init__(load_tokenizer(model), seed)
+        self.engine: Engine = build_engine(decoder, torch_device, engine_options)
+        self.device = torch_device
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.engine.runner.model.spec
+
+    @property
+    def limits(self) -> Limits:
+        return self.engine.limits
+
+    def _start(self, request: Request) -> None:
+        self.engine.add(request)
+
+    def _advance(self) -> list[TokenEvent]:
+        events = self.engine.step()
+        if not events and self.has_work and not self.engine.has_work:
+            raise RuntimeError("requests are open, but the engine has nothing to do: a request was lost")
+        return events
+
+    def _cancel(self, request_id: str) -> list[TokenEvent]:
+        return self.engine.cancel(request_id)
+
+    def _stop_answer(self, request_id: str, index: int) -> None:
+        self.engine.cancel(request_id, index)
+
+
+class Cluster(Client):
+    """Workers with roles on one or more devices, all in this process and thread.
+
+    Args:
+        model: as for `LLM`.
+        topology: workers as ROLE:DEVICE, roles C (collocated), P (prefill), D (decode); "P:cpu D:cpu", "C:0".
+        mode: "collocated" or "disaggregated".
+    """
+
+    def __init__(self, model: str = "tiny", topology: str = "P:cpu D:cpu", mode: str = "disaggregated", *,
+                 dtype: str | torch.dtype | None = None, load_format: str = "auto", seed: int = 0, **options: Any) -> None:
+        self.topology = Topology.parse(topology)
+        self.topology.check_mode(mode)
+        self.mode = mode
+        engine_options = _engine_options(options)
+        devices = [_resolve_device(placement.device) for placement in self.topology.placements]
+        if len(set(devices)) > 1:
+            raise ConfigError(f"topology {topology!r} names several devices; the inline executor runs all workers on one")
+        decoder, _ = load_model(model, device=devices[0], dtype=dtype, load_format=load_format, seed=seed)
+        super().__init__(load_tokenizer(model), seed)
+        self._executor = InlineExecutor(self._build_workers(decoder, devices[0], engine_options))
+        self._central = CentralScheduler(self._executor, mode, next(iter(self.workers.values())).engine.limits)
+
+    def _build_workers(self, decoder: Decoder, device: torch.device, options: EngineOptions) -> list[Worker]:
+        """One worker for each placement, with a cache of its own. They share the weights."""
+        workers: dict[str, Worker] = {}
+        numbers: dict[str, count[int]] = {}
+
+        def connect_from(source_id: str) -> Callable[[str], LocalTransport]:
+            return lambda target_id: LocalTransport(workers[source_id].cache, workers[target_id].cache)
+
+        for num_built, placement in enumerate(self.topology.placements):
+            worker_id = f"{placement.role}{next(numbers.setdefault(placement.role, count()))}"
+            share = 1 / (len(self.topology.placements) - num_built)  # of the memory that the others have left
+            engine = build_engine(decoder, device, options, cache_share=share)
+            workers[worker_id] = Worker(worker_id, placement.role, engine, engine.runner.cache, connect_from(worker_id))
+        return list(workers.values())
+
+    @property
+    def workers(self) -> dict[str, Worker]:
+        """By id: "C0", "P0", "P1", "D0", ..."""
+        return self._executor.workers
+
+    @property
+    def limits(self) -> Limits:
+        return self._central.limits
+
+    def timeline(self, request_id: str) -> Timeline:
+        """The request's path through the workers, and when it got where."""
+        return self._central.timelines[request_id]
+
+    def shutdown(self) -> None:
+        """Cancel what is open and give the memory back."""
+        for request_id in list(self._streams):
+            self.cancel(request_id)
+        self._executor.poll()
+        self._executor.workers.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    def _start(self, request: Request) -> None:
+        self._central.submit(request)
+
+    def _advance(self) -> list[TokenEvent]:
+        events = self._central.step()
+        if not events and self.has_work and not self._central.has_work:
+            raise RuntimeError("requests are open, but no worker knows of them: a request was lost")
+        return events
+
+    def _cancel(self, request_id: str) -> list[TokenEvent]:
+        return self._central.cancel(request_id)
+
+    def _stop_answer(self, request_id: str, index: int) -> None:
+        self._central.cancel(request_id, index)
+
+
+# ----------------------------------------------------------------------------------------------- helpers
+
+
+def _one_for_each(params: SamplingParams | list[SamplingParams] | None, number: int) -> list[SamplingParams]:
+    if not isinstance(params, list):
+        return [params or SamplingParams()] * number
+    if len(params) != number:
+        raise InvalidRequest(f"{number} prompts came with {len(params)} sampling params: give one for each, or one for all")
+    return params
+
+
+def _engine_options(options: dict[str, Any]) -> EngineOptions:
+    known = EngineOptions.__dataclass_fields__
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigError(f"unknown option {', '.join(unknown)}; options are {', '.join(known)}")
+    return EngineOptions(**options)
+
+
+def _resolve_device(device: str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}; devices are 'cpu', 'cuda' and 'cuda:N'") from error
+    if resolved.type == "cuda":
+        found = torch.cuda.device_count()
+        if (resolved.index or 0) >= found:
+            raise ConfigError(f"device {device!r} is not there: torch sees {found} GPU(s); `nanopd doctor` says more")
+        return torch.device("cuda", resolved.index or 0)
+    if resolved.type != "cpu":
+        raise ConfigError(f"device {device!r} is not supported; devices are 'cpu', 'cuda' and 'cuda:N'")
+    return resolved
+
+
+class _Progress:
+    """A bar over requests, with the token rates as vLLM shows them."""
+
+    def __init__(self, total: int, enabled: bool) -> None:
+        self._bar = None
+        if enabled:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, desc="Processed prompts", dynamic_ncols=True,
+                             postfix="est. speed input: 0.00 toks/s, output: 0.00 toks/s")
+        self._start = time.perf_counter()
+        self._num_input = self._num_output = 0
+        self._counted: set[str] = set()
+
+    def update(self, streams: list[Stream], num_finished: int, events: list[TokenEvent]) -> None:
+        if self._bar is None:
+            return
+        self._num_output += sum(event.token_id is not None for event in events)
+        for stream in streams:
+            if stream.finished and stream.request_id not in self._counted:
+                self._counted.add(stream.request_id)
+                self._num_input += len(stream.result().prompt_token_ids)
+        if num_finished:
+            seconds = time.perf_counter() - self._start
+            self._bar.set_postfix_str(f"est. speed input: {self._num_input / seconds:.2f} toks/s, "
+                                      f"output: {self._num_output / seconds:.2f} toks/s")
+            self._bar.update(num_finished)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

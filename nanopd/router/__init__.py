@@ -1,0 +1,1 @@
+"""Which worker serves a request, and the bookkeeping of requests across workers."""

@@ -1,0 +1,1 @@
+"""Workers: engines that take messages, and move KV caches to one another."""
