@@ -1,0 +1,61 @@
+"""The KV cache's tensors. Which block belongs to whom is the pool's affair; here are only the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nanopd.config import ModelSpec
+
+
+class KVCache:
+    """Keys and values of all layers, in `num_blocks` blocks of `block_size` tokens.
+
+    `data` is [num_layers, 2, num_blocks, block_size, kv_heads, head_dim], keys before values. It starts
+    uninitialised, and freed blocks keep their old content: readers must not look past what was written.
+
+    A method that takes several blocks makes a fixed number of launches, however many blocks those are.
+    """
+
+    def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, device: torch.device | str,
+                 dtype: torch.dtype) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (spec.num_layers, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        self.data = torch.empty(shape, device=device, dtype=dtype)
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        return self.data.nbytes // self.num_blocks
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Views of one layer's keys and values, [num_blocks, block_size, kv_heads, head_dim] each."""
+        return self.data[index, 0], self.data[index, 1]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (source, destination) in all layers, as if every source were read before any write.
+
+        No block may be the destination of two pairs.
+        """
+        if not pairs:
+            return
+        sources, destinations = torch.tensor(pairs, device=self.data.device).unbind(1)
+        self.data.index_copy_(2, destinations, self.data.index_select(2, sources))
+
+    def gather(self, layer: int, block_ids: Sequence[int] | Tensor) -> Tensor:
+        """A copy of n blocks of one layer: [2, n, block_size, kv_heads, head_dim]."""
+        return self.data[layer].index_select(1, self._index(block_ids))
+
+    def scatter(self, layer: int, block_ids: Sequence[int] | Tensor, data: Tensor) -> None:
+        """Write what `gather` gave to n blocks of one layer. `data` is on the cache's device, in its dtype."""
+        self.data[layer].index_copy_(1, self._index(block_ids), data)
+
+    def poison(self, block_ids: Sequence[int] | Tensor) -> None:
+        """Fill blocks with NaN in all layers, so that whoever reads them shows it. For tests."""
+        self.data.index_fill_(2, self._index(block_ids), float("nan"))
+
+    def _index(self, block_ids: Sequence[int] | Tensor) -> Tensor:
+        return torch.as_tensor(block_ids, dtype=torch.int64, device=self.data.device)

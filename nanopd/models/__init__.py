@@ -1,0 +1,1 @@
+"""Decoder models: Qwen2, Qwen3 and Llama, read from Hugging Face checkpoints."""

@@ -1,0 +1,54 @@
+"""The decoder: Qwen2, Qwen3 and Llama in one, told apart by their ModelSpec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanopd.block_manager.cache import KVCache
+from nanopd.config import ModelSpec
+from nanopd.models.layers import DecoderLayer, Embedding, Linear, RMSNorm
+from nanopd.models.rope import RotaryEmbedding
+from nanopd.paged_attention.ops import AttentionBatch
+
+
+class Decoder(nn.Module):
+    """A decoder whose parameters are uninitialised: `load_model` fills them.
+
+    They are made on torch's default device and in its default dtype, unless `factory` (`device`, `dtype`) says
+    otherwise. Modules are named as in Hugging Face's checkpoints.
+    """
+
+    def __init__(self, spec: ModelSpec, **factory: Any) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size, **factory)
+        self.rotary = RotaryEmbedding(spec, factory.get("device"))
+        self.layers = nn.ModuleList(DecoderLayer(spec, **factory) for _ in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **factory)
+        tied = spec.tie_word_embeddings
+        self.lm_head = None if tied else Linear(spec.hidden_size, spec.vocab_size, **factory)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, cache: KVCache, batch: AttentionBatch,
+                on_layer: Callable[[int], None] | None = None) -> Tensor:
+        """Run T new tokens: ids and positions [T] -> hidden states [T, hidden], the final norm applied.
+
+        `on_layer(i)` is called once layer i's new K and V are in the cache and its attention is done (on a
+        GPU: queued), before its MLP.
+        """
+        hidden = self.embed_tokens(token_ids)
+        rotation = self.rotary(positions, hidden.dtype)
+        for index, layer in enumerate(self.layers):
+            hidden = layer.attend(hidden, rotation, cache.layer(index), batch)
+            if on_layer is not None:
+                on_layer(index)
+            hidden = layer.feed_forward(hidden)
+        return self.norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] -> [R, vocab], float32."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight).float()

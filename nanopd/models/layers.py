@@ -1,0 +1,132 @@
+"""The parts of a decoder layer. Parameters start uninitialised: the loader fills every one of them.
+
+Operations follow Hugging Face's order, casts included, so that tokens agree with its models'.
+`factory` is torch's usual pair of `device` and `dtype`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanopd.config import ModelSpec
+from nanopd.models.rope import apply_rotary
+from nanopd.paged_attention.ops import AttentionBatch, paged_attention, store_kv
+
+
+def _parameter(*shape: int, **factory: Any) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, **factory), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """[..., in_features] -> [..., out_features]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, **factory: Any) -> None:
+        super().__init__()
+        self.weight = _parameter(out_features, in_features, **factory)
+        self.bias = _parameter(out_features, **factory) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class FusedLinear(Linear):
+    """Several projections of one input as one matrix product.
+
+    `parts` names the projections as the checkpoint does, each with its output size, in stacking order.
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int], bias: bool = False, **factory: Any) -> None:
+        super().__init__(in_features, sum(parts.values()), bias, **factory)
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.split(super().forward(x), dim=-1)
+
+    def split(self, stacked: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """Views of the parts of an output, a weight or a bias."""
+        return stacked.split(list(self.parts.values()), dim)
+
+
+class Embedding(nn.Module):
+    """Token ids [T] -> [T, hidden]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, **factory: Any) -> None:
+        super().__init__()
+        self.weight = _parameter(vocab_size, hidden_size, **factory)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Scale the last dimension to a root mean square of 1, in float32, then by a learned weight."""
+
+    def __init__(self, size: int, eps: float, **factory: Any) -> None:
+        super().__init__()
+        self.weight = _parameter(size, **factory)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, spec: ModelSpec, **factory: Any) -> None:
+        super().__init__()
+        parts = {"gate_proj": spec.intermediate_size, "up_proj": spec.intermediate_size}
+        self.gate_up_proj = FusedLinear(spec.hidden_size, parts, spec.mlp_bias, **factory)
+        self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, spec.mlp_bias, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Attention(nn.Module):
+    """Self-attention through the paged cache: stores the new tokens' K and V, then attends."""
+
+    def __init__(self, spec: ModelSpec, **factory: Any) -> None:
+        super().__init__()
+        self.head_dim = spec.head_dim
+        self.scale = spec.head_dim**-0.5
+        query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        parts = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = FusedLinear(spec.hidden_size, parts, spec.qkv_bias, **factory)
+        self.o_proj = Linear(query_size, spec.hidden_size, spec.output_bias, **factory)
+        self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps, **factory) if spec.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps, **factory) if spec.qk_norm else None
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor],
+                batch: AttentionBatch) -> Tensor:
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = apply_rotary(query, rotation), apply_rotary(key, rotation)
+        store_kv(key, value, *kv, batch.slot_mapping)
+        return self.o_proj(paged_attention(query, *kv, batch, self.scale).flatten(1))
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then MLP, each on the normalised input and added to it. [T, hidden] -> [T, hidden]."""
+
+    def __init__(self, spec: ModelSpec, **factory: Any) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **factory)
+        self.self_attn = Attention(spec, **factory)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **factory)
+        self.mlp = MLP(spec, **factory)
+
+    def attend(self, x: Tensor, rotation: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor],
+               batch: AttentionBatch) -> Tensor:
+        return x + self.self_attn(self.input_layernorm(x), rotation, kv, batch)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.post_attention_layernorm(x))

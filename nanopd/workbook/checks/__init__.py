@@ -1,0 +1,1 @@
+"""One module of checks a chapter, loaded by `nanopd.check` when first asked for."""
