@@ -32,8 +32,8 @@ LEASE_HOLDERS = frozenset({"request", "writer"})
 class Lease:
     """Blocks set aside for the KV of a prompt that another worker computes.
 
-    `block_ids` is the whole block table for the prompt. Its first `num_cached` tokens (a multiple of the block
-    size) are in the prefix cache already, so the writer sends only the rest.
+    `block_ids` is the whole block table for the prompt. Its first `num_cached` tokens (a multiple of the
+    block size) are in the prefix cache already, so the writer sends only the rest.
 
     The lease holds every block, in its own right, until both the request and the writer have let go: a
     cancelled request must not free blocks into which another GPU is still writing.
@@ -140,8 +140,8 @@ class BlockSpaceManager:
     def can_allocate(self, sequence: Sequence, num_tokens: int | None = None) -> bool:
         """Whether `allocate` would succeed and leave the watermark's blocks free.
 
-        When nothing is in use the watermark does not count: there is nobody to leave room for, and a prompt that
-        needs the whole cache would wait for ever.
+        When nothing is in use the watermark does not count: there is nobody to leave room for, and a prompt
+        that needs the whole cache would wait for ever.
         """
         num_tokens = self._checked_num_tokens(sequence, num_tokens)
         return self._admits(sequence.token_ids, num_tokens)
@@ -149,11 +149,11 @@ class BlockSpaceManager:
     def allocate(self, sequence: Sequence, num_tokens: int | None = None) -> int:
         """Give `sequence` a block table for its first `num_tokens` tokens (default: all of them).
 
-        Cached prefix blocks are shared, the rest is fresh. Sets `sequence.num_computed` to the number of cached
-        tokens and returns it.
+        Cached prefix blocks are shared, the rest is fresh. Sets `sequence.num_computed` to the number of
+        cached tokens and returns it.
 
         Raises:
-            NoFreeBlocks: nothing was changed. The watermark is not looked at; that is `can_allocate`'s affair.
+            NoFreeBlocks: nothing was changed. The watermark isn't looked at; that is `can_allocate`'s affair.
             ValueError: it already has a table, or `num_tokens` is not from 1 to its length.
         """
         num_tokens = self._checked_num_tokens(sequence, num_tokens)
@@ -176,8 +176,8 @@ class BlockSpaceManager:
     def append_slot(self, sequence: Sequence, num_new: int = 1) -> list[tuple[int, int]]:
         """Make positions [num_computed, num_computed + num_new) writable.
 
-        Returns the (source, destination) blocks that the engine must copy before the sequence writes; the table
-        holds the destinations already. All sources must be read before any destination is written.
+        Returns the (source, destination) blocks that the engine must copy before the sequence writes; the
+        table holds the destinations already. All sources must be read before any destination is written.
 
         Raises:
             NoFreeBlocks: nothing was changed.
@@ -212,13 +212,14 @@ class BlockSpaceManager:
 
     # ------------------------------------------------------------------------------- sharing and letting go
 
-    def fork(self, parent: Sequence, child: Sequence | None = None, num_tokens: int | None = None) -> Sequence:
-        """Let `child` share the parent's blocks for `num_tokens` tokens (default: all blocks). Copies nothing.
+    def fork(self, parent: Sequence, child: Sequence | None = None,
+             num_tokens: int | None = None) -> Sequence:
+        """Let `child` share the parent's blocks for `num_tokens` tokens (default: all). Copies nothing.
 
         Without a child, forks the parent's tokens too. The child's `num_computed` becomes the parent's, or
         `num_tokens` if that is less. Returns the child.
 
-        Raises ValueError if the parent has no table, if the child has one, or if their computed tokens differ.
+        Raises ValueError if the parent has no table, the child has one, or their computed tokens differ.
         """
         table = self._table(parent)
         child = parent.fork(parent.index) if child is None else child
@@ -234,7 +235,7 @@ class BlockSpaceManager:
         self._tables[child.seq_id] = shared
         child.num_computed = num_computed
         self.counters.forks += 1
-        self.pool.log("fork", other=parent.seq_id, seq_id=child.seq_id, detail=f"from sequence {parent.seq_id}")
+        self.pool.log("fork", other=parent.seq_id, seq_id=child.seq_id, detail=f"of sequence {parent.seq_id}")
         return child
 
     def free(self, sequence: Sequence) -> None:
@@ -252,7 +253,9 @@ class BlockSpaceManager:
     def grant_lease(self, token_ids: SequenceABC[int]) -> Lease | None:
         """Set blocks aside for the KV of the prompt `token_ids`, which another worker will write.
 
-        None is a refusal: too few blocks are free (as in `can_allocate`). Raises ValueError for an empty prompt.
+        None is a refusal: too few blocks are free (as in `can_allocate`).
+
+        Raises ValueError for an empty prompt.
         """
         if not token_ids:
             raise ValueError("a lease needs a prompt of at least one token")
@@ -265,19 +268,19 @@ class BlockSpaceManager:
         return lease
 
     def adopt(self, sequence: Sequence, lease: Lease) -> None:
-        """The KV has arrived: `sequence` takes the lease's blocks as its table. Discharges the "request" holder.
+        """The KV has arrived: `sequence` takes the lease's blocks as its table.
 
-        Sets `sequence.num_computed` to the length of the prompt. While the writer has not let go, its blocks
-        count as shared, and a write to the last one copies it first.
+        Discharges the "request" holder. Sets `sequence.num_computed` to the length of the prompt. While the
+        writer has not let go, its blocks count as shared, and a write to the last one copies it first.
 
-        Raises ValueError if the request has let go of the lease already, if the sequence has a table, or if it
-        does not start with the lease's tokens.
+        Raises ValueError if the request has let go of the lease already, if the sequence has a table, or if
+        it does not start with the lease's tokens.
         """
         self._require_no_table(sequence)
         if lease.lease_id not in self._leases or "request" not in lease.holders:
             raise ValueError(f"lease {lease.lease_id} can't be adopted: the request has let go of it")
         if sequence.token_ids[: len(lease.token_ids)] != lease.token_ids:
-            raise ValueError(f"sequence {sequence.seq_id} does not start with the tokens of lease {lease.lease_id}")
+            raise ValueError(f"sequence {sequence.seq_id} doesn't start with lease {lease.lease_id}'s tokens")
         for block_id in lease.block_ids:
             self.pool.share(block_id, sequence.seq_id)
         self._tables[sequence.seq_id] = BlockTable(sequence, list(lease.block_ids))
@@ -303,9 +306,10 @@ class BlockSpaceManager:
     # ------------------------------------------------------------------------------------ proof and picture
 
     def check(self) -> None:
-        """Prove that every block's ref count equals the number of tables and leases that hold it, and the rest.
+        """Prove that every block's ref count equals the number of tables and leases that hold it.
 
-        Raises InvariantError, which lists all faults. Looks at every block: for tests and idle moments.
+        Also that tables are long enough, and that the pool's own books balance. Looks at every block: for
+        tests and idle moments. Raises InvariantError, which lists all faults.
         """
         holders = Counter(block_id for _, block_ids in self._holders() for block_id in block_ids)
         faults = [*self._holder_faults(), *self.pool.faults(holders)]
@@ -342,7 +346,8 @@ class BlockSpaceManager:
         for seq_id, table in self._tables.items():
             room = len(table.block_ids) * self.block_size
             if room < table.sequence.num_computed:
-                yield f"sequence {seq_id} has {table.sequence.num_computed} computed tokens, but room for {room}"
+                computed = table.sequence.num_computed
+                yield f"sequence {seq_id} has {computed} computed tokens, but room for {room}"
         for lease_id, lease in self._leases.items():
             if not lease.holders:
                 yield f"lease {lease_id} is open, but nobody holds it"
@@ -351,7 +356,8 @@ class BlockSpaceManager:
 
     def _admits(self, token_ids: SequenceABC[int], num_tokens: int) -> bool:
         keep = self.config.watermark_blocks if self.num_used_blocks else 0
-        return self._free_blocks_taken(self._hits(token_ids, num_tokens), num_tokens) + keep <= self.num_free_blocks
+        takes = self._free_blocks_taken(self._hits(token_ids, num_tokens), num_tokens)
+        return takes + keep <= self.num_free_blocks
 
     def _hits(self, token_ids: SequenceABC[int], num_tokens: int) -> list[int]:
         return self.cached_prefix(token_ids)[: num_tokens // self.block_size]
@@ -361,7 +367,8 @@ class BlockSpaceManager:
         revived = sum(self.pool.ref_count(hit) == 0 for hit in hits)
         return revived + self.blocks_needed(num_tokens) - len(hits)
 
-    def _take(self, token_ids: SequenceABC[int], num_tokens: int, seq_id: int | None = None) -> tuple[list[int], int]:
+    def _take(self, token_ids: SequenceABC[int], num_tokens: int,
+              seq_id: int | None = None) -> tuple[list[int], int]:
         """Blocks for the first `num_tokens` tokens, and how many of them are prefix hits. Or NoFreeBlocks."""
         hits = self._hits(token_ids, num_tokens)
         self._require_free(self._free_blocks_taken(hits, num_tokens))
@@ -388,7 +395,7 @@ class BlockSpaceManager:
         return source, copy
 
     def _release(self, block_ids: list[int], seq_id: int | None = None) -> None:
-        """Last block first: what is freed first is evicted first, and a prompt's beginning is worth the most."""
+        """Last block first: what is freed first is evicted first, and a prompt's start is worth the most."""
         for block_id in reversed(block_ids):
             self.pool.release(block_id, seq_id)
 
@@ -421,7 +428,8 @@ class BlockSpaceManager:
 
     def _require_free(self, wanted: int) -> None:
         if wanted > self.num_free_blocks:
-            raise NoFreeBlocks(f"{wanted} blocks wanted, {self.num_free_blocks} of {self.num_blocks} are free")
+            free = f"{self.num_free_blocks} of {self.num_blocks}"
+            raise NoFreeBlocks(f"{wanted} blocks wanted, {free} are free")
 
     def _log_lease(self, kind: str, lease: Lease, detail: str, seq_id: int | None = None) -> None:
         self.pool.log(kind, other=lease.lease_id, seq_id=seq_id, detail=f"lease {lease.lease_id}: {detail}")

@@ -26,7 +26,7 @@ EVENTS_KEPT = 4096
 
 
 class NoFreeBlocks(RuntimeError):
-    """The cache is full. Nothing was changed. The message says how many blocks were wanted and how many there are."""
+    """The cache is full; nothing was changed. The message says how many blocks were wanted and are free."""
 
 
 class InvariantError(AssertionError):
@@ -45,8 +45,8 @@ class BlockEvent:
     fork, copy           a table was shared; `block` was copied to `other` before a write
     lease, adopt         blocks were set aside for an incoming transfer; a sequence took them over
 
-    `other` is the copy's block for `copy`, the parent's sequence id for `fork`, and the lease's id for `lease`,
-    `adopt` and the `release` of a lease. From these the whole state can be replayed, in both directions.
+    `other` is the copy's block for `copy`, the parent's sequence id for `fork`, and the lease's id for
+    `lease`, `adopt` and the `release` of a lease. From these the whole state can be replayed, both ways.
     """
 
     step: int
@@ -79,7 +79,7 @@ class PoolCounters:
 def hash_block(parent_hash: int | None, token_ids: SequenceABC[int]) -> int:
     """64-bit hash of a full block and, through `parent_hash`, of everything before it.
 
-    The same in every process (Python's own `hash` need not be), so that two workers can compare what they hold.
+    The same in every process (Python's own `hash` need not be), so that workers can compare what they hold.
     """
     start = b"" if parent_hash is None else struct.pack("<Q", parent_hash)
     tokens = struct.pack(f"<{len(token_ids)}q", *token_ids)
@@ -88,7 +88,7 @@ def hash_block(parent_hash: int | None, token_ids: SequenceABC[int]) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
-    """A run of full blocks from a prompt's first token on: the last block's tokens, chained to the run before it."""
+    """A run of full blocks from a prompt's first token on: the last one's tokens, and the run before it."""
 
     hash: int
     token_ids: tuple[int, ...]
@@ -135,7 +135,7 @@ class Block:
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens. Only `check` and `forget_all` take longer in a larger pool."""
+    """`num_blocks` blocks of `block_size` tokens. Only `check` and `forget_all` slow down as it grows."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that `allocate` could hand out: blank ones and those that only the prefix cache remembers."""
+        """Blocks that `allocate` could hand out: blank ones, and those only the prefix cache remembers."""
         return len(self._blank) + len(self._evictable)
 
     @property
@@ -172,7 +172,10 @@ class BlockPool:
     # Who holds a block
 
     def allocate(self, seq_id: int | None = None) -> int:
-        """A free block with ref_count 1. Raises NoFreeBlocks. `seq_id`, here and below, is only for the event."""
+        """A free block, now with ref_count 1. `seq_id`, here and below, is only for the event.
+
+        Raises NoFreeBlocks.
+        """
         if self._blank:
             block_id = self._blank.pop()
         elif self._evictable:
@@ -185,7 +188,10 @@ class BlockPool:
         return block_id
 
     def share(self, block_id: int, seq_id: int | None = None) -> None:
-        """One more holder. Raises ValueError for a free block, unless the prefix cache knows it: it is revived."""
+        """One more holder. A free block that the prefix cache remembers is brought back to life.
+
+        Raises ValueError for any other free block.
+        """
         if block_id in self._evictable:
             del self._evictable[block_id]
         else:
@@ -224,10 +230,10 @@ class BlockPool:
         """
         block = self._require_held(block_id)
         if len(token_ids) != self.block_size:
-            raise ValueError(f"only a full block can be cached: {self.block_size} tokens, got {len(token_ids)}")
+            raise ValueError(f"only a full block ({self.block_size} tokens) is cached, got {len(token_ids)}")
         prefix = self._prefix(parent, token_ids)
         if block.prefix is not None and not block.prefix.same_as(prefix):
-            raise ValueError(f"block {block_id} is cached with other tokens: forget it before it is overwritten")
+            raise ValueError(f"block {block_id} is cached with other tokens: forget it before overwriting it")
         first = self._registered(prefix)
         if first is not None:
             return first
@@ -238,14 +244,14 @@ class BlockPool:
         return prefix
 
     def find(self, parent: Prefix | None, token_ids: SequenceABC[int]) -> int | None:
-        """The block which holds exactly `token_ids` after exactly `parent`, held or free. A collision is a miss."""
+        """The block, held or free, with exactly `token_ids` after exactly `parent`. A collision is a miss."""
         if not self.enable_prefix_caching:
             return None
         prefix = self._prefix(parent, token_ids)
         return None if self._registered(prefix) is None else self._findable[prefix.hash]
 
     def forget(self, block_id: int) -> None:
-        """The block can no longer be found: it is about to be overwritten. No effect on one that isn't cached."""
+        """The block can no longer be found: it is about to be overwritten. No effect if it isn't cached."""
         block = self.blocks[block_id]
         if block.prefix is None:
             return
@@ -264,7 +270,10 @@ class BlockPool:
         return self.blocks[block_id].prefix is not None
 
     def prefix_of(self, block_id: int) -> Prefix:
-        """What `find` knows the block by: the `parent` of the block after it. Raises ValueError if it isn't cached."""
+        """What `find` knows the block by, and the `parent` of the block after it.
+
+        Raises ValueError if the block isn't cached.
+        """
         prefix = self.blocks[block_id].prefix
         if prefix is None:
             raise ValueError(f"block {block_id} is not cached")

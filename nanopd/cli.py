@@ -1,0 +1,140 @@
+"""The `nanopd` command. Each subcommand loads what it needs when it runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import nanopd
+
+if TYPE_CHECKING:
+    from nanopd.llm import LLM
+
+app = typer.Typer(
+    name="nanopd",
+    help="A small LLM inference engine with prefill/decode disaggregation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+Model = Annotated[str, typer.Option(help="'tiny' (embedded), a local directory, or a Hugging Face name; a preset's name "
+                                         "with --load-format dummy.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU if there is one.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nanopd {nanopd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True,
+                                               help="Print the version and leave.")] = False) -> None:
+    """A small LLM inference engine with prefill/decode disaggregation."""
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+    """Say what this machine has and what runs on it. Fails only where the engine can't run at all."""
+    from nanopd.doctor import examine, render
+
+    report = examine()
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        from rich.console import Console
+
+        Console().print(render(report))
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def demo(
+    model: Model = "tiny",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 320,
+    device: Device = None,
+) -> None:
+    """Run the same prompts through both pipelines and compare them. Fails where they differ."""
+    from rich.console import Console
+
+    from nanopd.demo import run, show
+
+    console = Console()
+    with _plain_errors():
+        if console.is_terminal:
+            with console.status("starting") as status:
+                result = run(model, max_tokens, device, progress=status.update)
+        else:
+            result = run(model, max_tokens, device, progress=lambda text: console.print(text, highlight=False))
+    show(result, console)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more; - reads one from stdin.")],
+    model: Model = "tiny",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Draw the same answers again.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32 on a CPU, the "
+                                                   "checkpoint's on a GPU.")] = None,
+    load_format: Annotated[str, typer.Option(help="auto reads the weights; dummy makes random ones.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(min=2, help="Longest prompt and answer together, in tokens.")] = None,
+) -> None:
+    """Answer prompts. One is printed as it is written; several are answered together, one after the other."""
+    with _plain_errors():
+        from nanopd import LLM, SamplingParams
+
+        texts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
+        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens)
+        llm = LLM(model, device=device, dtype=dtype, load_format=load_format, max_model_len=max_model_len)
+        if len(texts) == 1 and not chat:
+            _print_stream(llm, texts[0], params)
+        else:
+            _print_answers(llm, texts, params, chat)
+
+
+def _print_stream(llm: LLM, prompt: str, params: nanopd.SamplingParams) -> None:
+    for event in llm.stream(prompt, params):
+        if event.error:
+            raise ValueError(event.error)
+        typer.echo(event.text, nl=False)
+    typer.echo()
+
+
+def _print_answers(llm: LLM, prompts: list[str], params: nanopd.SamplingParams, chat: bool) -> None:
+    if chat:
+        outputs = llm.chat([[{"role": "user", "content": prompt}] for prompt in prompts], params, use_tqdm=False)
+    else:
+        outputs = llm.generate(list(prompts), params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs):
+        if output.error:
+            raise ValueError(output.error)
+        if len(prompts) > 1:
+            typer.secho(f"> {prompt}", bold=True)
+        typer.echo(output.outputs[0].text)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What the user can put right is said in one line: bad options and requests, models that aren't there."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # ConfigError, InvalidRequest and ModelError are ValueErrors
+        typer.secho(f"nanopd: {error}", fg="red", err=True)
+        raise typer.Exit(2) from error
+
+
+if __name__ == "__main__":
+    app()

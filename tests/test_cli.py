@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import nanopd
+from nanopd import demo
+from nanopd.cli import app
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*args, **options):
+    return CliRunner().invoke(app, [str(arg) for arg in args], **options)
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output == f"nanopd {nanopd.__version__}\n"
+
+
+def test_without_a_command_it_lists_them():
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("doctor", "demo", "generate"):
+        assert command in result.output
+
+
+def test_help_and_version_load_no_torch():
+    for option in ("--help", "--version"):
+        code = (f"import sys; from nanopd.cli import app; app(['{option}'], standalone_mode=False); "
+                "assert 'torch' not in sys.modules")
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert ran.returncode == 0, ran.stderr
+
+
+# -------------------------------------------------------------------------------------------------- doctor
+
+
+def test_doctor_prints_a_table():
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert "What runs here" in result.output
+    assert "Engine on the CPU" in result.output
+
+
+def test_doctor_json_is_json_and_nothing_else():
+    result = run("doctor", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.output)["nanopd"] == nanopd.__version__
+
+
+def test_doctor_fails_only_where_the_engine_cannot_run(monkeypatch):
+    from nanopd import doctor
+
+    monkeypatch.setattr(doctor, "_import_torch", lambda: (None, "not installed"))
+    result = run("doctor", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.output)["runs"][0]["state"] == "missing"
+
+
+# ---------------------------------------------------------------------------------------------------- demo
+
+
+@pytest.mark.parametrize("theirs, exit_code", [((1, 2), 0), ((1, 3), 1)])
+def test_demo_s_exit_code_says_whether_the_pipelines_agree(monkeypatch, theirs, exit_code):
+    asked = {}
+
+    def fake_run(model, max_tokens, device, progress):
+        asked.update(model=model, max_tokens=max_tokens, device=device)
+        progress("collocated: loading")
+        row = demo.Row(demo_task(), demo.Served("82", (1, 2), "C0", 0.1, 0.1), demo.Served("82", theirs, "P0 -> D0", 0.1, 0.1))
+        return demo.Result(model, "the CPU", [row], 1.0)
+
+    monkeypatch.setattr(demo, "run", fake_run)
+    result = run("demo", "--max-tokens", 24, "--device", "cpu")
+    assert result.exit_code == exit_code, result.output
+    assert asked == {"model": "tiny", "max_tokens": 24, "device": "cpu"}
+
+
+def demo_task():
+    from nanopd.tiny.tasks import Task
+
+    return Task("arithmetic", "en", "What is 47+35?", "82")
+
+
+def test_demo_with_a_model_that_is_not_there():
+    result = run("demo", "--model", "no-such-model", "--device", "cpu")
+    assert result.exit_code == 2
+    assert "no-such-model" in result.output
+    assert "Traceback" not in result.output
+
+
+# ------------------------------------------------------------------------------------------------ generate
+
+
+def test_generate_streams_one_prompt():
+    result = run("generate", "What is 47+35?", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert result.output == "82\n"
+
+
+def test_generate_answers_several_in_order():
+    result = run("generate", "What is 47+35?", "Sort these numbers: 72, 97, 8, 32.", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert result.output == "> What is 47+35?\n82\n> Sort these numbers: 72, 97, 8, 32.\n8, 32, 72, 97\n"
+
+
+def test_generate_chat():
+    result = run("generate", "--chat", "What is 47+35?", "--device", "cpu")
+    assert (result.exit_code, result.output) == (0, "82\n")
+
+
+def test_generate_reads_stdin():
+    result = run("generate", "-", "--device", "cpu", input="What is 47+35?\n")
+    assert (result.exit_code, result.output) == (0, "82\n")
+
+
+def test_generate_with_random_weights_of_a_preset_s_shape_is_accepted_and_passed_on(monkeypatch):
+    import nanopd.llm
+
+    seen = {}
+
+    class FakeLLM:
+        def __init__(self, model, **options):
+            seen.update(options, model=model)
+
+        def stream(self, prompt, params):
+            seen.update(params=params)
+            yield nanopd.TokenEvent("0", text="hello")
+
+    monkeypatch.setattr(nanopd.llm, "LLM", FakeLLM)
+    monkeypatch.setattr(nanopd, "LLM", FakeLLM, raising=False)
+    result = run("generate", "x", "--model", "qwen3-0.6b", "--load-format", "dummy", "--dtype", "bfloat16", "--temperature", 0.7,
+                 "--top-k", 5, "--top-p", 0.9, "--seed", 3, "--max-model-len", 512, "--max-tokens", 8)
+    assert (result.exit_code, result.output) == (0, "hello\n")
+    params = seen.pop("params")
+    assert params == nanopd.SamplingParams(temperature=0.7, top_k=5, top_p=0.9, seed=3, max_tokens=8)
+    assert seen == {"model": "qwen3-0.6b", "device": None, "dtype": "bfloat16", "load_format": "dummy", "max_model_len": 512}
+
+
+@pytest.mark.parametrize("args, says", [
+    (("--top-p", "2"), "top_p"),
+    (("--model", "no-such-model"), "no-such-model"),
+    (("--device", "tpu"), "tpu"),
+    (("--dtype", "int3"), "int3"),
+    (("--load-format", "pickle"), "pickle"),
+    (("--max-model-len", "2"), "prompt has"),
+])
+def test_generate_says_what_was_wrong_in_a_line(args, says):
+    result = run("generate", "What is 47+35?", *args)
+    assert result.exit_code == 2
+    assert says in result.output
+    assert len(result.output.strip().splitlines()) == 1
