@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from enum import Enum
@@ -37,17 +38,16 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] | str = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] | str | None = ()
+    stop_token_ids: tuple[int, ...] | None = ()
     ignore_eos: bool = False
     max_tokens: int | None = 16  # None: up to the context limit
     min_tokens: int = 0
     logprobs: int | None = None  # how many alternatives to report for each token
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop", _as_tuple("stop", self.stop))
+        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
         if self.top_k == -1:  # vLLM's older spelling of "all tokens"
             object.__setattr__(self, "top_k", 0)
         self._check_ranges()
@@ -105,12 +105,20 @@ class BeamSearchParams:
                  f"beam_width must be an integer from 1 to 64, got {self.beam_width!r}")
         _require(_is_int(self.max_tokens) and self.max_tokens >= 1,
                  f"max_tokens must be an integer of at least 1, got {self.max_tokens!r}")
-        _require(_is_number(self.length_penalty), f"length_penalty must be a number, got {self.length_penalty!r}")
+        _require(_is_number(self.length_penalty) and abs(self.length_penalty) <= 10,
+                 f"length_penalty must be a number from -10 to 10, got {self.length_penalty!r}")
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InvalidRequest(message)
+
+
+def _as_tuple(name: str, value: object) -> tuple:
+    if value is None or isinstance(value, str):
+        return () if value is None else (value,)
+    _require(isinstance(value, Iterable), f"{name} must be a list, got {value!r}")
+    return tuple(value)  # type: ignore[arg-type]
 
 
 def _is_int(value: object) -> bool:

@@ -22,7 +22,7 @@ from nanopd.core import (
     TokenEvent,
 )
 from nanopd.engine.engine import Engine
-from nanopd.engine.factory import EngineOptions, build_engine
+from nanopd.engine.factory import EngineOptions, build_engine, give_back_memory
 from nanopd.engine.limits import Limits
 from nanopd.engine.output import OutputProcessor
 from nanopd.models.decoder import Decoder
@@ -149,6 +149,8 @@ class Client(ABC):
     def beam_search(self, prompts: Prompt | list[Prompt], params: BeamSearchParams,
                     use_tqdm: bool = True) -> list[RequestOutput]:
         """The `beam_width` best answers to each prompt, best first."""
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequest(f"params must be BeamSearchParams, got {type(params).__name__}: {params!r:.80}")
         prompt_list = prompts if isinstance(prompts, list) else [prompts]
         sampling = SamplingParams(temperature=0, max_tokens=params.max_tokens)
         return self._run([self._make_request(prompt, sampling, params) for prompt in prompt_list], use_tqdm)
@@ -156,9 +158,11 @@ class Client(ABC):
     def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         for request in requests:
             self.limits.check(request)
-        streams = [self._submit(request) for request in requests]
-        progress = _Progress(len(streams), enabled=use_tqdm)
+        streams: list[Stream] = []
+        progress = _Progress(len(requests), enabled=use_tqdm)
         try:
+            for request in requests:
+                streams.append(self._submit(request))
             while not all(stream.finished for stream in streams):
                 before = sum(stream.finished for stream in streams)
                 events = self.step()
@@ -196,16 +200,15 @@ class Client(ABC):
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         for event in events:
-            stream = self._streams.get(event.request_id)
-            if stream is None:
-                continue
-            stream._take(event)
-            if self._outputs.is_finished(event.request_id):
-                stream._output = self._outputs.pop(event.request_id)
-                del self._streams[event.request_id]
+            self._streams[event.request_id]._take(event)
+        for request_id in dict.fromkeys(event.request_id for event in events):
+            if self._outputs.is_finished(request_id):
+                self._streams.pop(request_id)._output = self._outputs.pop(request_id)
 
     def _make_request(self, prompt: Prompt, sampling: SamplingParams, beam: BeamSearchParams | None = None) -> Request:
         text, token_ids = self._tokenize(prompt)
+        if not isinstance(sampling, SamplingParams):
+            raise InvalidRequest(f"sampling_params must be SamplingParams, got {type(sampling).__name__}: {sampling!r:.80}")
         if sampling.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none: use stop_token_ids")
         seed = sampling.seed if sampling.seed is not None else self._random.getrandbits(64)
@@ -213,7 +216,11 @@ class Client(ABC):
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
-            return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            token_ids = prompt["prompt_token_ids"]
+            if not isinstance(token_ids, (list, tuple)):
+                raise InvalidRequest("prompt_token_ids must be a list of integers, "
+                                     f"got {type(token_ids).__name__}: {token_ids!r:.80}")
+            return prompt.get("prompt"), list(token_ids)
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(text, str):
             raise InvalidRequest('a prompt must be a text or {"prompt_token_ids": [...]}, '
@@ -330,8 +337,7 @@ class Cluster(Client):
             self.cancel(request_id)
         self._executor.poll()
         self._executor.workers.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_memory()
 
     def __enter__(self) -> Cluster:
         return self
@@ -379,7 +385,7 @@ def _resolve_device(device: str | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"unknown device {device!r}; devices are 'cpu', 'cuda' and 'cuda:N'") from error
     if resolved.type == "cuda":
         found = torch.cuda.device_count()

@@ -244,6 +244,12 @@ class BlockSpaceManager:
         if table is not None:
             self._release(table.block_ids, sequence.seq_id)
 
+    def forget(self, sequence: Sequence) -> None:
+        """Let the prefix cache find the sequence's blocks no more. No effect on a sequence without a table."""
+        table = self._tables.get(sequence.seq_id)
+        for block_id in table.block_ids if table else ():
+            self.pool.forget(block_id)
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks. Sequences keep theirs, but nobody else finds them any more."""
         self.pool.forget_all()

@@ -60,12 +60,19 @@ class BeamSearch:
             if reason is None:
                 survivors.append(candidate)
             elif rank < width:
-                self._keep_answer(candidate, reason)
+                answer = candidate.parent.fork(0)
+                answer.append_token(candidate.token_id, candidate.logprob)
+                answer.finish(reason)
+                self._keep(answer)
         if survivors and self._can_improve(survivors[0]):
             self._continue_with(survivors[:width], scheduler)
         else:
             for beam in self.group.live:
                 scheduler.finish(beam, FinishReason.STOP)
+
+    def resume(self, answer: Sequence) -> None:
+        """An answer that was found on the worker where the search began."""
+        self._keep(answer)
 
     def answers(self) -> list[Sequence]:
         """The answers, best first, once the search is over; none before."""
@@ -84,11 +91,8 @@ class BeamSearch:
     def _score(self, total: float, length: int) -> float:
         return total / length**self.params.length_penalty
 
-    def _keep_answer(self, candidate: Candidate, reason: FinishReason) -> None:
-        answer = candidate.parent.fork(0)
-        answer.append_token(candidate.token_id, candidate.logprob)
-        answer.finish(reason)
-        self.found.append((self._score(candidate.total, answer.num_output), answer))
+    def _keep(self, answer: Sequence) -> None:
+        self.found.append((self._score(answer.cumulative_logprob, answer.num_output), answer))
         self.found.sort(key=lambda scored: -scored[0])
         del self.found[self.params.beam_width :]
 

@@ -61,6 +61,9 @@ class Engine:
             result = self.runner.execute(plan, self._on_layer(plan))
         except Exception as error:  # whatever broke, the requests of this step get to know and the others go on
             return self._fail_step(plan, error)
+        except BaseException:  # Ctrl-C: who is served on afterwards must not miss what this step would have written
+            self.scheduler.withdraw(plan)
+            raise
         broken = self._fail_broken_rows(plan, result)
         updates = self.scheduler.commit(plan, result)
         self._record(plan, result)

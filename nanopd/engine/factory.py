@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,13 @@ def build_engine(model: Decoder, device: torch.device, options: EngineOptions, c
     return Engine(runner, Scheduler(scheduler_config, manager, spec.eos_token_ids), limits)
 
 
+def give_back_memory() -> None:
+    """Return to the GPU what no living object uses."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _max_model_len(spec: ModelSpec, options: EngineOptions) -> int:
     if options.max_model_len is None:
         return spec.max_position
@@ -72,15 +80,18 @@ def _max_model_len(spec: ModelSpec, options: EngineOptions) -> int:
 
 def _num_blocks(spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_model_len: int,
                 options: EngineOptions, cache_share: float) -> int:
+    """As many blocks as memory allows, but no more than all seats can fill at full length."""
     if options.block_size < 1:
         raise ConfigError(f"block_size must be from 1 to 1024, got {options.block_size}")
     block_bytes = spec.kv_bytes_per_token(dtype.itemsize) * options.block_size
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        room = int((free - total * (1 - options.gpu_memory_utilization)) * cache_share)
-        if room < block_bytes:
-            raise ConfigError(f"no room for a KV cache on {device}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are "
-                              f"free and gpu_memory_utilization is {options.gpu_memory_utilization}")
-        return room // block_bytes
     one_sequence = -(-max_model_len // options.block_size)
-    return max(CPU_CACHE_BYTES // block_bytes, one_sequence)
+    most = options.max_num_seqs * one_sequence
+    if device.type != "cuda":
+        return max(min(CPU_CACHE_BYTES // block_bytes, most), one_sequence)
+    give_back_memory()  # an engine that is gone may still hold some
+    free, total = torch.cuda.mem_get_info(device)
+    room = int((free - total * (1 - options.gpu_memory_utilization)) * cache_share)
+    if room < block_bytes:
+        raise ConfigError(f"no room for a KV cache on {device}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are "
+                          f"free and gpu_memory_utilization is {options.gpu_memory_utilization}")
+    return min(room // block_bytes, most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanopd.core import InvalidRequest, Request
@@ -25,14 +26,13 @@ class Limits:
     def check(self, request: Request) -> None:
         """Raise InvalidRequest where this engine could never serve the request, however long it waits."""
         self._check_prompt(request.prompt_token_ids)
+        self._check_vocabulary("stop token id", request.sampling.stop_token_ids)
         self._check_answers(request)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
             raise InvalidRequest("the prompt is empty: give at least one token")
-        bad = next((t for t in token_ids if not isinstance(t, int) or not 0 <= t < self.vocab_size), None)
-        if bad is not None:
-            raise InvalidRequest(f"token id {bad!r} is out of range: the vocabulary goes from 0 to {self.vocab_size - 1}")
+        self._check_vocabulary("token id", token_ids)
         length = len(token_ids)
         if length >= self.max_model_len:
             raise InvalidRequest(f"the prompt has {length} tokens; the context holds {self.max_model_len}, one of "
@@ -42,8 +42,16 @@ class Limits:
                                  f"{self.block_size} = {self.max_len} tokens, one of which is for the answer: "
                                  "shorten the prompt or give the cache more blocks")
 
+    def _check_vocabulary(self, name: str, token_ids: Iterable[int]) -> None:
+        for token in token_ids:
+            if type(token) is not int:
+                raise InvalidRequest(f"{name} {token!r} is not an integer: the vocabulary goes from 0 to {self.vocab_size - 1}")
+            if not 0 <= token < self.vocab_size:
+                raise InvalidRequest(f"{name} {token} is out of range: the vocabulary goes from 0 to {self.vocab_size - 1}")
+
     def _check_answers(self, request: Request) -> None:
-        """Answers share the prompt's full blocks; in the worst case nothing else is shared."""
+        """Answers share the prompt's full blocks; in the worst case nothing else is shared. An answer's last token is
+        never run, so it takes no room."""
         answers = request.num_answers
         if answers > self.max_num_seqs:
             raise InvalidRequest(f"{answers} answers were asked for; a batch holds {self.max_num_seqs} sequences: "
@@ -55,7 +63,7 @@ class Limits:
             return  # it ends with "length" where the blocks end
         shared = len(request.prompt_token_ids) // self.block_size
         longest = min(len(request.prompt_token_ids) + (request.max_tokens or self.max_len), self.max_len)
-        needed = shared + answers * (-(-longest // self.block_size) - shared)
+        needed = shared + answers * (-(-(longest - 1) // self.block_size) - shared)
         if needed > self.num_blocks:
             raise InvalidRequest(f"{answers} answers of up to {longest - len(request.prompt_token_ids)} tokens may need "
                                  f"{needed} blocks; the KV cache has {self.num_blocks}: ask for fewer or shorter answers")

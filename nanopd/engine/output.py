@@ -91,10 +91,10 @@ class Answer:
         return min(found)[1] if found else None
 
     def _possible_stop(self, text: str) -> int:
-        """The length of the longest end of the text that begins a stop string."""
+        """The length of the longest end of the text that begins a stop string and isn't all of one."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         return next((length for length in range(min(longest, len(text)), 0, -1)
-                     if any(stop.startswith(text[-length:]) for stop in self._stop)), 0)
+                     if any(len(stop) > length and stop.startswith(text[-length:]) for stop in self._stop)), 0)
 
 
 @dataclass

@@ -36,12 +36,12 @@ def sample(logits: Tensor, rows: list[PlanRow], eos_token_ids: frozenset[int]) -
         logits: float32 [rows, vocabulary].
         rows: those of the plan that draw, in the order of the logits.
 
-    A row whose logits hold a NaN or +inf gets an error instead of a token made of it.
+    A row whose logits hold a NaN or +inf, or are all -inf, gets an error instead of a token made of it.
     """
     if not rows:
         return []
-    broken = (torch.isnan(logits) | (logits == torch.inf)).any(dim=-1).tolist()
     logprobs = torch.log_softmax(logits, dim=-1)
+    broken = logprobs.isnan().any(dim=-1).tolist()
     adjusted = _adjust(logits, rows, eos_token_ids)
     counts = [row.num_samples for row in rows]
     tokens = torch.repeat_interleave(adjusted.argmax(dim=-1), torch.tensor(counts, device=logits.device))
@@ -81,12 +81,15 @@ def _draw(logits: Tensor, rows: list[PlanRow], slots: list[tuple[int, int]]) -> 
         return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
 
     picked = logits[torch.tensor([i for i, _ in slots], device=logits.device)]
-    ordered, token_ids = (picked / column([p.temperature for p in params])).sort(dim=-1, descending=True, stable=True)
+    temperature = column([p.temperature for p in params]).clamp_(min=torch.finfo(torch.float32).tiny)
+    scaled = (picked - picked.amax(dim=-1, keepdim=True)) / temperature  # the best is 0, so that nothing overflows
+    ordered, token_ids = scaled.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ordered.shape[1], device=logits.device)
     ordered = ordered.masked_fill(rank >= column([p.top_k or ordered.shape[1] for p in params]), -torch.inf)
     probs = ordered.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs  # the mass of all likelier tokens
     keep = (before < column([p.top_p for p in params])) & (probs >= column([p.min_p for p in params]) * probs[:, :1])
+    keep &= probs > 0  # what top-k or min_tokens has cut off
     keep[:, 0] = True
     mass = (probs * keep).cumsum(dim=-1)
     points = column([_uniform_for(rows[i], answer) for i, answer in slots]) * mass[:, -1:]

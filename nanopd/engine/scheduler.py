@@ -66,9 +66,15 @@ class Scheduler:
     def adopt(self, group: SequenceGroup, lease: Lease) -> None:
         """Take over a request whose prompt was computed elsewhere: its KV is in the lease's blocks.
 
-        Each sequence of the group has its first token; the first takes the lease, the others fork from it.
+        Each sequence of the group has its first token. Of those that go on, the first takes the lease and the others
+        fork from it; those that ended with that token count as answers a beam search has found.
         """
         leader, *others = group.live
+        if group.request.beam:
+            search = self.beams[group.request_id] = beam.BeamSearch(group, group.request.beam)
+            for sequence in group.sequences:
+                if sequence.finished:
+                    search.resume(sequence)
         self.manager.adopt(leader, lease)
         for sequence in others:
             self._share_prompt(leader, sequence)
@@ -164,6 +170,12 @@ class Scheduler:
         self.running.remove(entry)
         insort(self.waiting, entry)
         self.num_preemptions += 1
+
+    def withdraw(self, plan: StepPlan) -> None:
+        """The plan was not carried out, nor were its copies: those it served wait and are recomputed."""
+        served = {row.request.request_id for row in plan.rows}
+        for entry in [entry for entry in self.running if entry.group.request_id in served]:
+            self._preempt(entry, plan)
 
     def _admit(self, plan: StepPlan) -> None:
         """Let waiting groups in, oldest first; the first that does not fit holds the others back."""
@@ -281,14 +293,19 @@ class Scheduler:
     # ----------------------------------------------------------------------------------------------- ending
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End one sequence and let go of its blocks."""
+        """End one sequence and let go of its blocks. After an error nobody else may build on what is in them."""
+        if reason is FinishReason.ERROR:
+            self.manager.forget(sequence)
         self.manager.free(sequence)
         sequence.finish(reason)
 
     def cancel(self, request_id: str, reason: FinishReason, index: int | None = None) -> list[Sequence]:
-        """End a request, or one of the answers it has begun. Returns the sequences that this ended."""
+        """End a request, or one of the answers it has begun. Returns the sequences that this ended.
+
+        A beam search has no answers until it is over, so it ends as a whole or not at all.
+        """
         group = self.find(request_id)
-        if group is None or (index is not None and group.is_whole):
+        if group is None or (index is not None and (group.is_whole or group.request.beam)):
             return []
         ended = [sequence for sequence in group.live if index is None or sequence.index == index]
         for sequence in ended:
@@ -310,8 +327,15 @@ class Scheduler:
             self.running.remove(entry)
             insort(self.waiting, entry)
 
+    def first_tokens(self, request_id: str) -> list[Sequence]:
+        """What a handed-off request has drawn: a sequence with one token for each answer, or each beam and what
+        the beam search has found."""
+        found = [answer for _, answer in self.beams[request_id].found] if request_id in self.beams else []
+        return self.handed_off[request_id].sequences + found
+
     def release_handed_off(self, request_id: str) -> None:
         """The KV cache of a handed-off request has travelled: its blocks here may go."""
+        self.beams.pop(request_id, None)
         group = self.handed_off.pop(request_id, None)
         for sequence in group.live if group else ():
             self.finish(sequence, FinishReason.STOP)

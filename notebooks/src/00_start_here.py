@@ -54,6 +54,7 @@ from nanopd import LLM, Cluster, SamplingParams, widgets
 from nanopd.tiny import demo_prompts, recall_prompt
 
 llm = LLM("tiny", max_num_batched_tokens=4096, enable_prefix_caching=False)
+here = "0" if llm.device.type == "cuda" else "cpu"  # as a topology writes it
 greedy = SamplingParams(temperature=0, max_tokens=256)
 tasks = demo_prompts()
 for task, output in zip(tasks, llm.generate([task.prompt for task in tasks], greedy, use_tqdm=False)):
@@ -310,7 +311,7 @@ nanopd.check("00.4", plan_chunks)
 guess = nanopd.predict("00.5", tiny_kilobytes=..., qwen3_8b_megabytes=...)
 
 # %%
-cluster = Cluster("tiny", topology="P:cpu D:cpu", mode="disaggregated", dtype="float32")
+cluster = Cluster("tiny", topology=f"P:{here} D:{here}", mode="disaggregated", dtype="float32")
 cache = cluster.workers["P0"].cache
 tiny_bytes = cache.bytes_per_block // cache.block_size * 1000
 guess.reveal(tiny_kilobytes=tiny_bytes / 1e3, qwen3_8b_megabytes=spec.kv_bytes_per_token(2) * 1000 / 1e6)
@@ -357,7 +358,7 @@ for length in (512, 2048, 8192):
 
 # %%
 prompts = [task.prompt for task in tasks]
-with Cluster("tiny", topology="C:cpu", mode="collocated", dtype="float32") as collocated:
+with Cluster("tiny", topology=f"C:{here}", mode="collocated", dtype="float32") as collocated:
     together = collocated.generate(prompts, greedy, use_tqdm=False)
 apart = cluster.generate(prompts, greedy, use_tqdm=False)
 same = [a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in zip(together, apart)]
@@ -370,12 +371,12 @@ for what, when in timeline.marks:
 widgets.BatchTimeline({name: worker.engine.history for name, worker in cluster.workers.items()})
 
 # %% [markdown] lang="en"
-# P0 has nothing but tall bars, D0 nothing but thin ones. On one CPU this is no faster, and can't be: two workers share
-# the same cores, and the transfer is extra work. What you see here is the *mechanism*. Whether it pays depends on the
+# P0 has nothing but tall bars, D0 nothing but thin ones. On one device this is no faster, and can't be: two workers share
+# it, and the transfer is extra work. What you see here is the *mechanism*. Whether it pays depends on the
 # load, the prompts and the link, and chapters 04 to 07 measure exactly that, including where it loses.
 
-# %% [markdown] lang="zh" en_hash="09360be9"
-# P0 上全是高条，D0 上全是细条。在一个 CPU 上，这样不会更快，也不可能更快：两个工作进程分的是同一批核，传输还是额外的活。
+# %% [markdown] lang="zh" en_hash="6e091ccc"
+# P0 上全是高条，D0 上全是细条。在同一个设备上，这样不会更快，也不可能更快：两个工作进程分的是同一份算力，传输还是额外的活。
 # 你在这里看到的是*机制*。划不划算，要看负载、提示和链路；第 04 到 07 章量的正是这个，包括它输的时候。
 
 # %% [markdown] lang="en"
@@ -422,7 +423,7 @@ def swap(first: int, asked: int) -> list[tuple[int, int]]:
 def lose(first: int, asked: int) -> list[tuple[int, int]]:
     return [(first, asked)]
 
-cluster = Cluster("tiny", topology="P:cpu D:cpu", mode="disaggregated", dtype="float32", enable_prefix_caching=False)
+cluster = Cluster("tiny", topology=f"P:{here} D:{here}", mode="disaggregated", dtype="float32", enable_prefix_caching=False)
 questions = [recall_prompt(seed, 480, "en") for seed in range(60, 68)]
 guess.reveal(right_after_swap=sum(ask(question, swap) for question in questions),
              right_after_loss=sum(ask(question, lose) for question in questions))

@@ -55,7 +55,7 @@ guess = nanopd.predict("02.1", static=..., continuous=...)
 lengths = [3, 12, 5, 2, 9, 4, 11, 6]
 static = sum(max(lengths[i : i + 4]) for i in range(0, len(lengths), 4))
 
-llm = LLM("tiny", max_num_seqs=4)
+llm = LLM("tiny", max_num_seqs=4, dtype="float32")
 each = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in lengths]
 llm.generate([task.prompt for task in demo_prompts()[:8]], each, use_tqdm=False)
 guess.reveal(static=static, continuous=llm.engine.num_steps)
@@ -248,8 +248,8 @@ guess = nanopd.predict("02.4", preemptions=..., different_answers=...)
 # %%
 stories = [task.prompt for task in demo_prompts() if task.kind == "story"] * 3
 hundred = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
-plenty = LLM("tiny").generate(stories, hundred, use_tqdm=False)
-tight = LLM("tiny", num_gpu_blocks_override=30, enable_prefix_caching=False)
+plenty = LLM("tiny", dtype="float32").generate(stories, hundred, use_tqdm=False)
+tight = LLM("tiny", dtype="float32", num_gpu_blocks_override=30, enable_prefix_caching=False)
 short = tight.generate(stories, hundred, use_tqdm=False)
 different = sum(a.outputs[0].token_ids != b.outputs[0].token_ids for a, b in zip(plenty, short))
 guess.reveal(preemptions=tight.engine.scheduler.num_preemptions, different_answers=different)
@@ -315,7 +315,8 @@ guess = nanopd.predict("02.5", different_answers=...)
 crowd = [task.prompt for task in demo_prompts()]
 seeded = SamplingParams(temperature=1.5, top_p=0.95, seed=7, max_tokens=60, ignore_eos=True)
 others = SamplingParams(temperature=1.0, max_tokens=60)
-pair = nanopd.Cluster("tiny", "P:cpu D:cpu", "disaggregated")
+here = "0" if llm.device.type == "cuda" else "cpu"
+pair = nanopd.Cluster("tiny", f"P:{here} D:{here}", "disaggregated", dtype="float32")
 answers = {llm.generate(crowd[-2], seeded, use_tqdm=False)[0].outputs[0].text,
            llm.generate([*crowd, crowd[-2]], [others] * len(crowd) + [seeded], use_tqdm=False)[-1].outputs[0].text,
            tight.generate([crowd[-2]] * 8, seeded, use_tqdm=False)[-1].outputs[0].text,

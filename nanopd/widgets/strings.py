@@ -1,0 +1,237 @@
+"""Every sentence that code shows a learner, in English and Chinese.
+
+Code cells are the same in both workbooks, so text printed by code can't sit in the cells: it is looked up here.
+To add one, add a line `"panel.key": ("English {field}", "中文 {field}")`; both must use the same fields
+(tests/workbook/test_strings.py holds that). Show it with `t("panel.key", field=3)`.
+
+The language is, in this order: what `set_language()` was given, the environment variable NANOPD_LANG, the
+innermost folder named `en` or `zh` on the path of the working directory (Jupyter starts a kernel in the
+notebook's folder, so notebooks/zh/*.ipynb speak Chinese), English.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+LANGUAGES = ("en", "zh")
+
+STRINGS: dict[str, tuple[str, str]] = {
+    # predict
+    "predict.noted": (
+        "Prediction {id} noted. Run on and see how it holds up.",
+        "预测 {id} 记下了。接着运行，看看猜得准不准。",
+    ),
+    "predict.nudge": (
+        "Prediction {id}: no guess yet for {names}. Put a number in place of `...` before you run on. "
+        "A wrong guess teaches more than none.",
+        "预测 {id}：{names} 还没有猜。往下运行之前，先把 `...` 换成一个数吧——猜错了，也比没猜学到的多。",
+    ),
+    "predict.list_separator": (", ", "、"),
+    "predict.title": ("Prediction {id}", "预测 {id}"),
+    "predict.guess": ("guess", "你猜的"),
+    "predict.measured": ("measured", "实测"),
+    "predict.no_guess": ("no guess", "没有猜"),
+    "predict.exact": ("spot on", "分毫不差"),
+    "predict.close": ("within {percent}%, very close", "相差不到 {percent}%，很准"),
+    "predict.above": ("{percent}% too high", "高了 {percent}%"),
+    "predict.below": ("{percent}% too low", "低了 {percent}%"),
+    "predict.times_above": ("{ratio} times what was measured", "猜成了实际的 {ratio} 倍"),
+    "predict.times_below": ("measured {ratio} times as much", "实际是猜测的 {ratio} 倍"),
+    "predict.off_by": ("off by {difference}", "差了 {difference}"),
+    "predict.different": ("not this time", "这次没猜中"),
+    "predict.all_close": ("Your mental model holds here.", "看来这里你心里已经有数了。"),
+    "predict.some_off": (
+        "The gap is where the learning is: what did the guess leave out?",
+        "差距正是值得琢磨的地方：当时漏算了什么？",
+    ),
+    # check
+    "check.passed": ("Exercise {id}: all checks pass ({count}). Nicely done.", "练习 {id}：{count} 项检查全部通过，写得漂亮。"),
+    "check.unfinished": (
+        "Exercise {id}: not written yet. Replace the line `raise NotImplementedError()` with your own code, "
+        "run that cell, then this one.",
+        "练习 {id}：还没有写。把 `raise NotImplementedError()` 那一行换成你的代码，先运行那一格，再运行这一格。",
+    ),
+    "check.failed": (
+        "Exercise {id}: {failed} of {count} checks fail.",
+        "练习 {id}：{count} 项检查中有 {failed} 项没通过。",
+    ),
+    "check.raised": ("your code raised {error}", "你的代码抛出了 {error}"),
+    "check.hint": ("Hint: {hint}", "提示：{hint}"),
+    "check.unknown": (
+        "there is no exercise {id!r}. Known in chapter {chapter}: {known}",
+        "没有练习 {id!r}。第 {chapter} 章已有的练习：{known}",
+    ),
+    "check.unknown_chapter": (
+        "there is no exercise {id!r}: write it as \"01.4\". Chapters with checks: {known}",
+        "没有练习 {id!r}：请写成 \"01.4\" 这样的形式。已有检查的章节：{known}",
+    ),
+    # panels that are played step by step
+    "player.back": ("Back", "后退"),
+    "player.step": ("Step", "单步"),
+    "player.step_action": ("Step: {label}", "单步：{label}"),
+    "player.to_end": ("To the end", "到最后"),
+    # block map
+    "blockmap.pool": (
+        "<b>Block pool</b>  {n} blocks of {size} tokens: {held} held, {free} free ({cached} of them cached)",
+        "<b>块池</b>  {n} 个块，每块 {size} 个 token：占用 {held}，空闲 {free}（其中 {cached} 个仍在缓存中）",
+    ),
+    "blockmap.tables": ("<b>Block tables</b>", "<b>块表</b>"),
+    "blockmap.some_tables": ("<b>Block tables</b>  {n} of {total}", "<b>块表</b>  共 {total} 张，显示 {n} 张"),
+    "blockmap.touched": ("this step", "这一步"),
+    "blockmap.findable": ("found by hash", "可按哈希找到"),
+    "blockmap.free": ("free", "空闲"),
+    "blockmap.cached": ("free, cached", "空闲，有缓存"),
+    "blockmap.held_1": ("held ×1", "引用 ×1"),
+    "blockmap.held_2": ("×2", "×2"),
+    "blockmap.held_3": ("×3", "×3"),
+    "blockmap.held_4": ("×4 and up", "×4 及以上"),
+    "blockmap.leased": ("leased", "租约"),
+    "blockmap.block": ("block {block}", "块 {block}"),
+    "blockmap.sequence": ("seq {seq}", "序列 {seq}"),
+    "blockmap.lease": ("lease {seq}", "租约 {seq}"),
+    "blockmap.hash": ("hash {hash}", "哈希 {hash}"),
+    "blockmap.no_hash": ("not in the prefix cache", "不在前缀缓存中"),
+    "blockmap.separator": (", ", "、"),
+    "blockmap.one_block": ("{n} block", "{n} 个块"),
+    "blockmap.many_blocks": ("{n} blocks", "{n} 个块"),
+    "blockmap.one_reference": ("{n} reference", "{n} 个引用"),
+    "blockmap.many_references": ("{n} references", "{n} 个引用"),
+    "blockmap.one_more": ("one reference more", "多一个引用"),
+    "blockmap.start": ("Nothing has happened yet: every block is free.", "还什么都没发生：所有块都空闲。"),
+    "blockmap.no_events": ("The event log is empty: this is the pool as it is.", "事件日志是空的：这就是块池现在的样子。"),
+    "blockmap.truncated": (
+        "The log keeps only the latest events: the first {n} are gone. This is the state they left, worked out "
+        "backwards from the present one.",
+        "日志只保留最近的事件，最早的 {n} 个已经丢弃。这里是它们留下的状态，由现在的状态倒推得出。",
+    ),
+    "blockmap.did_admit": (
+        "Sequence {seq} was admitted: {fresh} handed out, {hits} found in the prefix cache.",
+        "序列 {seq} 获准进入：新分配 {fresh}，前缀缓存命中 {hits} 个。",
+    ),
+    "blockmap.did_grow": (
+        "Sequence {seq} ran out of room: block {block} joins its table.",
+        "序列 {seq} 的空间用完了：块 {block} 加入它的块表。",
+    ),
+    "blockmap.did_fork": (
+        "Sequence {seq} forked from {other}: nothing copied, {blocks} shared, each now with {refs}.",
+        "序列 {seq} 由序列 {other} 分叉而来：什么也没复制，共享 {blocks}，现在每块有 {refs}。",
+    ),
+    "blockmap.did_copy": (
+        "Sequence {seq} wants to write to block {source}, which others still read: it gets a copy, block {copy}. "
+        "Block {source} is left with {refs}.",
+        "序列 {seq} 要写块 {source}，可别的持有者还在读它：于是得到一份副本，块 {copy}。块 {source} 还剩 {refs}。",
+    ),
+    "blockmap.did_cache": (
+        "Full and computed, so the prefix cache can find them by hash from now on: {block}.",
+        "块 {block} 已写满、算完：从此可以在前缀缓存中按哈希找到。",
+    ),
+    "blockmap.did_forget": (
+        "The prefix cache forgets block {block}.",
+        "前缀缓存不再记得块 {block}。",
+    ),
+    "blockmap.did_free": (
+        "Sequence {seq} let go of {let_go}: {freed} free now ({findable} of them still cached), {kept} held by others.",
+        "序列 {seq} 放手 {let_go}：{freed} 个变为空闲（其中 {findable} 个仍在缓存中），{kept} 个还被别人持有。",
+    ),
+    "blockmap.did_lease": (
+        "Lease {other}: {blocks} set aside for a KV cache on its way here, {hits} of them cached already.",
+        "租约 {other}：为即将传来的 KV 缓存预留 {blocks}，其中 {hits} 个本来就在缓存里。",
+    ),
+    "blockmap.did_adopt": (
+        "The KV cache is here: sequence {seq} takes over {blocks} from its lease.",
+        "KV 缓存到了：序列 {seq} 从租约接过 {blocks}。",
+    ),
+    "blockmap.did_let_go_first": (
+        "Lease {other}: one of its two holders let go. The other one keeps the blocks.",
+        "租约 {other}：两个持有者中有一个放手了，块由另一个继续保留。",
+    ),
+    "blockmap.did_let_go_last": (
+        "Lease {other}: the last holder let go of {let_go}; {freed} free now, {kept} held by others.",
+        "租约 {other}：最后一个持有者也放手了 {let_go}；{freed} 个变为空闲，{kept} 个还被别人持有。",
+    ),
+    "blockmap.did_pool_take": (
+        "Block {block}: taken directly from the pool, for no table.",
+        "块 {block}：直接从块池取走，不属于任何块表。",
+    ),
+    "blockmap.did_pool_release": (
+        "Block {block}: given back to the pool directly.",
+        "块 {block}：直接还给了块池。",
+    ),
+    "blockmap.evicted": (" The cached block {block} was evicted to make room.", "为腾出空间，逐出了缓存着的块 {block}。"),
+    "blockmap.unexplained": (
+        " <b>The books don't balance: block {block} has a reference count that no table or lease accounts for.</b>",
+        "<b>账对不上：块 {block} 的引用计数和持有它的块表、租约数目不符。</b>",
+    ),
+    "blockmap.did_nothing": (
+        "<b>{label}</b> · No block changed hands.",
+        "<b>{label}</b> · 没有任何块易手。",
+    ),
+    # roofline
+    "roofline.x": ("arithmetic intensity (FLOP per byte)", "计算强度（FLOP/字节）"),
+    "roofline.y": ("achieved FLOP/s", "实际达到的 FLOP/s"),
+    "roofline.memory_bound": ("memory-bound", "访存受限"),
+    "roofline.compute_bound": ("compute-bound", "计算受限"),
+    "roofline.ridge": ("ridge: {x} FLOP/byte", "拐点：{x} FLOP/字节"),
+    "roofline.intensity_is": ("{x} FLOP per byte", "每字节 {x} FLOP"),
+    "roofline.achieved_is": ("{rate}: {percent}% of its roof", "{rate}：达到屋顶的 {percent}%"),
+    # batch timeline
+    "timeline.prefill": ("prefill", "预填充"),
+    "timeline.decode": ("decode", "解码"),
+    "timeline.preempted": ("preempted", "被抢占"),
+    "timeline.budget": ("token budget of a step", "每步的 token 预算"),
+    "timeline.by_step": ("by step", "按步"),
+    "timeline.by_time": ("by time", "按时间"),
+    "timeline.step_axis": ("step", "步"),
+    "timeline.step_axis_of_worker": ("step (each worker counts its own)", "步（每个 Worker 各数各的）"),
+    "timeline.time_axis": ("time spent in steps (ms)", "各步累计用时（毫秒）"),
+    "timeline.time_axis_of_worker": (
+        "time spent in steps (ms, of each worker; not one common clock)",
+        "各步累计用时（毫秒，每个 Worker 各自累计，并非同一个时钟）",
+    ),
+    "timeline.requests": ("requests, with the tokens of each chunk", "请求，以及每一分块的 token 数"),
+    "timeline.tokens": ("tokens in the step", "这一步的 token 数"),
+    "timeline.free_blocks": ("free blocks", "空闲块"),
+    "timeline.start": ("No step has run yet.", "一步都还没有运行。"),
+    "timeline.empty": ("The history is empty: run some steps, then refresh.", "历史是空的：先运行几步，再刷新。"),
+    "timeline.step_was": (
+        "step {step}: prefill {chunks} ({chunk_tokens} tokens), decode {decodes}; {waiting} waiting, "
+        "{free} free blocks, {ms} ms",
+        "第 {step} 步：预填充 {chunks} 条（{chunk_tokens} 个 token），解码 {decodes} 条；排队 {waiting}，"
+        "空闲块 {free}，用时 {ms} 毫秒",
+    ),
+    "timeline.copied": ("; blocks copied: {n}", "；复制了 {n} 个块"),
+    "timeline.was_preempted": ("; preempted: {names}", "；被抢占：{names}"),
+    "timeline.preempted_at": ("{request} is sent back to wait", "{request} 被抢占，回到等待队列"),
+    "timeline.row_was": ("{new} new tokens after {cached} in the cache", "缓存中已有 {cached} 个 token，新算 {new} 个"),
+}
+
+_chosen: str | None = None  # by set_language(); one per process, as a page has one reader
+
+
+def set_language(language: str | None) -> None:
+    """Show everything in `language` ("en" or "zh") from now on; None goes back to finding it out."""
+    global _chosen
+    if language is not None and language not in LANGUAGES:
+        raise ValueError(f"unknown language {language!r}; known are {', '.join(LANGUAGES)}")
+    _chosen = language
+
+
+def current_language() -> str:
+    """ "en" or "zh". See the module's own text for where it is taken from."""
+    if _chosen is not None:
+        return _chosen
+    named = os.environ.get("NANOPD_LANG", "").strip().lower()[:2]  # "zh", and "zh_CN.UTF-8" as well
+    if named in LANGUAGES:
+        return named
+    return next((part for part in reversed(Path.cwd().parts) if part in LANGUAGES), "en")
+
+
+def pick(en: str, zh: str) -> str:
+    """The one of two texts that the reader reads, for text that belongs beside its code (hints, check messages)."""
+    return zh if current_language() == "zh" else en
+
+
+def t(key: str, **fields: object) -> str:
+    """The text of `key` in the current language, with its fields filled in."""
+    return pick(*STRINGS[key]).format(**fields)

@@ -1,0 +1,19 @@
+"""The panels are loaded when they are first named, and none of these brings torch in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import sys
+import nanopd.widgets
+assert not {"plotly", "ipywidgets", "torch"} & set(sys.modules), "import nanopd.widgets is not cheap"
+assert {"BlockMap", "BatchTimeline", "Roofline"} <= set(dir(nanopd.widgets))
+from nanopd.widgets import BatchTimeline, BlockMap, Roofline
+assert "torch" not in sys.modules
+"""
+
+
+def test_widgets_load_lazily_and_without_torch():
+    subprocess.run([sys.executable, "-c", SCRIPT], check=True, timeout=60)
