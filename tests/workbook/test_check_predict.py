@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from solved import append_slot
 
 import nanopd
 from nanopd.widgets.strings import set_language
@@ -89,18 +90,6 @@ def test_reveal_echoes_nothing_as_a_cells_last_line():
 
 
 # ---------------------------------------------------------------------------------------------------- check
-
-
-def append_slot(pool, table, num_computed):
-    if num_computed == len(table) * pool.block_size:
-        table.append(pool.allocate())
-        return []
-    last = table[-1]
-    if pool.ref_count(last) == 1:
-        return []
-    table[-1] = pool.allocate()
-    pool.release(last)
-    return [(last, table[-1])]
 
 
 def forgets_to_release(pool, table, num_computed):

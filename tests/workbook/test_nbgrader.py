@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from solved import APPEND_SLOT_CELL
 
 import nanopd
 from nanopd.workbook import builder
@@ -28,19 +29,7 @@ CHAPTER = '''# %% [markdown] lang="en"
 import nanopd
 
 # %% nbgrader={"grade_id": "ex-1-4", "solution": true}
-def append_slot(pool, table, num_computed):
-    ### BEGIN SOLUTION
-    if num_computed == len(table) * pool.block_size:
-        table.append(pool.allocate())
-        return []
-    last = table[-1]
-    if pool.ref_count(last) == 1:
-        return []
-    table[-1] = pool.allocate()
-    pool.release(last)
-    return [(last, table[-1])]
-    ### END SOLUTION
-
+''' + APPEND_SLOT_CELL + '''
 # %% nbgrader={"grade_id": "check-1-4", "points": 3}
 nanopd.check("01.4", append_slot)
 
