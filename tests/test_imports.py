@@ -49,6 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cost_model": BASE,
     "router": BASE | {"cost_model", "messages", "engine.limits"},
     "simulator": STEPPING | {"cost_model", "router", "messages"},
+    # the client's side: text, without tensors
+    "client": BASE | {"engine.limits", "engine.output"},
 }
 EVERYTHING = {*MAY_IMPORT, "llm", "benchmark", "widgets", "workbook", "doctor", "demo", "cli"}
 
@@ -62,11 +64,12 @@ TOP = {
     "doctor": EVERYTHING - {"cli"},
     "demo": EVERYTHING - {"cli"},
     "cli": EVERYTHING,
+    "__main__": {"cli"},
 }
 LAYERS = MAY_IMPORT | TOP
 
 NEEDS_NO_TORCH = ("core", "config", "messages", "block_manager.pool", "block_manager.manager", "engine.scheduler",
-                  "engine.engine", "cost_model", "router", "simulator", "doctor", "demo", "cli")
+                  "engine.engine", "client", "cost_model", "router", "simulator", "doctor", "demo", "cli")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 FORBIDDEN_NAMES = {"sys.path", "torch.load", "torch.save"}
 

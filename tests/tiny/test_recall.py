@@ -11,7 +11,7 @@ import re
 import pytest
 
 from nanopd import LLM, Cluster, SamplingParams
-from nanopd.llm import Client
+from nanopd.client import Client
 from nanopd.tiny import recall_prompt
 from nanopd.tiny.tasks import Lang
 
