@@ -86,7 +86,7 @@ STRINGS: dict[str, tuple[str, str]] = {
     "blockmap.held_2": ("×2", "×2"),
     "blockmap.held_3": ("×3", "×3"),
     "blockmap.held_4": ("×4 and up", "×4 及以上"),
-    "blockmap.leased": ("leased", "租约"),
+    "blockmap.leased": ("leased", "已租出"),
     "blockmap.block": ("block {block}", "块 {block}"),
     "blockmap.sequence": ("seq {seq}", "序列 {seq}"),
     "blockmap.lease": ("lease {seq}", "租约 {seq}"),
@@ -120,7 +120,7 @@ STRINGS: dict[str, tuple[str, str]] = {
     "blockmap.did_copy": (
         "Sequence {seq} wants to write to block {source}, which others still read: it gets a copy, block {copy}. "
         "Block {source} is left with {refs}.",
-        "序列 {seq} 要写块 {source}，可别的持有者还在读它：于是得到一份副本，块 {copy}。块 {source} 还剩 {refs}。",
+        "序列 {seq} 要写块 {source}，但还有别的持有者在读它：于是得到一份副本，块 {copy}。块 {source} 还剩 {refs}。",
     ),
     "blockmap.did_cache": (
         "Full and computed, so the prefix cache can find them by hash from now on: {block}.",
@@ -132,7 +132,7 @@ STRINGS: dict[str, tuple[str, str]] = {
     ),
     "blockmap.did_free": (
         "Sequence {seq} let go of {let_go}: {freed} free now ({findable} of them still cached), {kept} held by others.",
-        "序列 {seq} 放手 {let_go}：{freed} 个变为空闲（其中 {findable} 个仍在缓存中），{kept} 个还被别人持有。",
+        "序列 {seq} 放开了 {let_go}：{freed} 个变为空闲（其中 {findable} 个仍在缓存中），{kept} 个还被别人持有。",
     ),
     "blockmap.did_lease": (
         "Lease {other}: {blocks} set aside for a KV cache on its way here, {hits} of them cached already.",
@@ -148,7 +148,7 @@ STRINGS: dict[str, tuple[str, str]] = {
     ),
     "blockmap.did_let_go_last": (
         "Lease {other}: the last holder let go of {let_go}; {freed} free now, {kept} held by others.",
-        "租约 {other}：最后一个持有者也放手了 {let_go}；{freed} 个变为空闲，{kept} 个还被别人持有。",
+        "租约 {other}：最后一个持有者也放开了 {let_go}；{freed} 个变为空闲，{kept} 个还被别人持有。",
     ),
     "blockmap.did_pool_take": (
         "Block {block}: taken directly from the pool, for no table.",
@@ -158,17 +158,17 @@ STRINGS: dict[str, tuple[str, str]] = {
         "Block {block}: given back to the pool directly.",
         "块 {block}：直接还给了块池。",
     ),
-    "blockmap.evicted": (" The cached block {block} was evicted to make room.", "为腾出空间，逐出了缓存着的块 {block}。"),
+    "blockmap.evicted": (" The cached block {block} was evicted to make room.", "为腾出空间，驱逐了缓存着的块 {block}。"),
     "blockmap.unexplained": (
         " <b>The books don't balance: block {block} has a reference count that no table or lease accounts for.</b>",
-        "<b>账对不上：块 {block} 的引用计数和持有它的块表、租约数目不符。</b>",
+        "<b>账对不上：块 {block} 的引用计数，与持有它的块表和租约的数目不符。</b>",
     ),
     "blockmap.did_nothing": (
         "<b>{label}</b> · No block changed hands.",
         "<b>{label}</b> · 没有任何块易手。",
     ),
     # roofline
-    "roofline.x": ("arithmetic intensity (FLOP per byte)", "计算强度（FLOP/字节）"),
+    "roofline.x": ("arithmetic intensity (FLOP per byte)", "算术强度（FLOP/字节）"),
     "roofline.y": ("achieved FLOP/s", "实际达到的 FLOP/s"),
     "roofline.memory_bound": ("memory-bound", "访存受限"),
     "roofline.compute_bound": ("compute-bound", "计算受限"),
@@ -189,11 +189,11 @@ STRINGS: dict[str, tuple[str, str]] = {
         "time spent in steps (ms, of each worker; not one common clock)",
         "各步累计用时（毫秒，每个 Worker 各自累计，并非同一个时钟）",
     ),
-    "timeline.requests": ("requests, with the tokens of each chunk", "请求，以及每一分块的 token 数"),
+    "timeline.requests": ("requests, with the tokens of each chunk", "请求，以及每个分块的 token 数"),
     "timeline.tokens": ("tokens in the step", "这一步的 token 数"),
     "timeline.free_blocks": ("free blocks", "空闲块"),
-    "timeline.start": ("No step has run yet.", "一步都还没有运行。"),
-    "timeline.empty": ("The history is empty: run some steps, then refresh.", "历史是空的：先运行几步，再刷新。"),
+    "timeline.start": ("No step has run yet.", "还没有运行过任何一步。"),
+    "timeline.empty": ("The history is empty: run some steps, then refresh.", "历史记录是空的：先运行几步，再刷新。"),
     "timeline.step_was": (
         "step {step}: prefill {chunks} ({chunk_tokens} tokens), decode {decodes}; {waiting} waiting, "
         "{free} free blocks, {ms} ms",

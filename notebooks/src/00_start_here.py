@@ -10,24 +10,23 @@
 # In this chapter you measure both on this machine, see them get in each other's way, put them on two workers, and
 # break the result on purpose. Everything runs on the real engine with its embedded model, "tiny": 4.5 million
 # parameters, made for this book, at home on any laptop. Allow 45 minutes.
+#
+# ## 0.1 What runs here?
+#
+# The doctor looks at the machine and says what nanoPD can do on it, and what to do about the rest. A row in yellow is
+# no obstacle: every chapter has a way through without a GPU.
 
-# %% [markdown] lang="zh" en_hash="365221f7"
+# %% [markdown] lang="zh" en_hash="96e528ad"
 # # 00 从这里开始
 #
 # 语言模型回答问题分两个阶段。先把整个提示一口气读完：**预填充（prefill）**；再一个 token 接一个 token 地写：
 # **解码（decode）**。两个阶段用的是同一份权重，干的却是两种性质完全不同的活——大模型推理服务里大部分有意思的事，
 # 都由此而来。
 #
-# 这一章里，你会在自己的机器上把两个阶段都量一遍，看它们怎样互相妨碍，再把它们放到两个工作进程上，最后亲手把结果弄坏。
-# 所有代码都跑在真正的引擎上，用的是内置模型 “tiny”：450 万参数，专为这本书训练，普通笔记本就能跑。大约需要 45 分钟。
-
-# %% [markdown] lang="en"
-# ## 0.1 What runs here?
+# 这一章里，你会在自己的机器上把两个阶段都量一遍，看它们怎样互相妨碍，再把它们放到两个工作进程（Worker）上，
+# 最后亲手把结果弄坏。
+# 所有代码都跑在真正的引擎上，用的是内置模型 tiny：450 万参数，专为这本书训练，普通笔记本电脑就能跑。大约需要 45 分钟。
 #
-# The doctor looks at the machine and says what nanoPD can do on it, and what to do about the rest. A row in yellow is
-# no obstacle: every chapter has a way through without a GPU.
-
-# %% [markdown] lang="zh" en_hash="e2d8e8d7"
 # ## 0.1 这台机器能跑什么？
 #
 # doctor 会检查这台机器，告诉你 nanoPD 在上面能做什么，做不了的又该怎么补。黄色的行不是障碍：没有 GPU，每一章也都走得通。
@@ -44,7 +43,7 @@ show(doctor.render(doctor.examine()))
 # its memory gives wrong codes, and we will use that again and again.
 
 # %% [markdown] lang="zh" en_hash="5974cc0e"
-# 再来认识一下这个模型。它只会中英文里的几类问题，别的一概不懂。它虽小，却很老实：下面每个密码都只在提示里出现过一次，
+# 再来认识一下这个模型。它只会用中英文回答几类问题，别的一概不懂。它虽小，却很老实：下面每个密码都只在提示里出现过一次，
 # 猜是猜不出来的。引擎只要把记忆弄混，密码就会答错——后面我们会反复利用这一点。
 
 # %%
@@ -75,7 +74,7 @@ for task, output in zip(tasks, llm.generate([task.prompt for task in tasks], gre
 # 引擎的每一步都会留下记录：跑了多少个 token，花了多长时间。所以两个阶段各要多少代价，直接问引擎就行。
 #
 # **读完 1,024 个 token 的提示要一步，写出一个 token 也要一步。前者的耗时是后者的多少倍？
-# 平摊下来，写一个 token 又比读一个 token 贵多少倍？** 先写下你的两个数。
+# 平摊下来，写一个 token 的价钱又是读一个 token 的多少倍？** 先写下你的两个数。
 
 # %%
 guess = nanopd.predict("00.2", step_ratio=..., price_ratio=...)
@@ -100,8 +99,8 @@ guess.reveal(step_ratio=read / write, price_ratio=write / (read / 1024))
 # how the two prices move with the length of the prompt.
 
 # %% [markdown] lang="zh" en_hash="32011ce3"
-# token 多了 1,024 倍，耗时却远没有变成 1,024 倍。和别人一起读的 token 很便宜；独自写出来的那个 token，
-# 要为穿过整个模型的这一趟付全价。再看看这两个价格怎样随提示长度变化。
+# 提示的 token 数是 1,024 倍，这一步的耗时却远远不到 1,024 倍。和别人一起读的 token 很便宜；独自写出来的 token，
+# 要为穿过整个模型的这一趟付全价。再看看这两个价钱怎样随提示长度变化。
 
 # %%
 print(f"{'prompt':>8} {'read, ms':>10} {'us a token':>12} {'write, ms':>11}")
@@ -110,15 +109,10 @@ for length in (16, 64, 256, 1024, 2048):
     print(f"{length:>8,} {read * 1e3:>10.1f} {read / length * 1e6:>12.1f} {write * 1e3:>11.1f}")
 
 # %% [markdown] lang="en"
-# Two habits to remember. Reading grows with the length, and a token of a long prompt costs less than one of a short
+# Two rules to remember. Reading grows with the length, and a token of a long prompt costs less than one of a short
 # prompt, until attention (which looks back at everything) makes very long prompts dearer again. Writing hardly cares
 # how much has been read.
-
-# %% [markdown] lang="zh" en_hash="e1877bcf"
-# 记住两条规律。读的耗时随长度增长，而且长提示里平摊到每个 token 的价格低于短提示——直到注意力（它要回看前面的一切）
-# 让特别长的提示重新变贵。写的耗时则几乎不在乎前面读了多少。
-
-# %% [markdown] lang="en"
+#
 # ## 0.3 Why: operations and bytes
 #
 # By hand first. A layer of weights is a matrix; to run it, the device **moves** the matrix from memory once, and
@@ -130,8 +124,13 @@ for length in (16, 64, 256, 1024, 2048):
 # Their quotient, operations for each byte moved, is the **arithmetic intensity**. A device has a quotient of its own:
 # peak operations a second over bytes a second. Work below it waits for memory (**memory-bound**), work above it waits
 # for arithmetic (**compute-bound**).
+#
+# **Exercise 0.3.** Write the intensity of a step, counting weights alone.
 
-# %% [markdown] lang="zh" en_hash="e1c4d47d"
+# %% [markdown] lang="zh" en_hash="5c2e7ec9"
+# 记住两条规律。读的耗时随长度增长，而长提示平摊到每个 token 的价钱低于短提示——直到注意力（它要回看前面的一切）
+# 让特别长的提示重新变贵。写的耗时则几乎与前面读了多少无关。
+#
 # ## 0.3 为什么：算多少，搬多少
 #
 # 先用笔算。一层权重就是一个矩阵；要跑这一层，设备得把矩阵从内存里**搬**出来一次，再为这一步里的每个 token **算**一遍。
@@ -139,13 +138,9 @@ for length in (16, 64, 256, 1024, 2048):
 # - 运算量：每个参数对每个 token 各做一次乘法和一次加法，共 2 × 参数量 × token 数。
 # - 字节数：每个参数每步只取一次，不管有多少 token 共用它。
 #
-# 两者之商，即每搬一个字节能做多少次运算，叫**算术强度**。设备也有自己的一个商：峰值运算速率除以内存带宽。
+# 两者之商，即每搬一个字节要做多少次运算，叫**算术强度**。设备也有自己的一个商：峰值运算速率除以内存带宽。
 # 强度低于它，活儿就在等内存（**访存受限**）；高于它，就在等运算（**计算受限**）。
-
-# %% [markdown] lang="en"
-# **Exercise 0.3.** Write the intensity of a step, counting weights alone.
-
-# %% [markdown] lang="zh" en_hash="7aa348c8"
+#
 # **练习 0.3** 写出一步的算术强度，只计权重。
 
 # %% nbgrader={"grade_id": "ex-0-3", "solution": true}
@@ -163,15 +158,15 @@ nanopd.check("00.3", intensity)
 # %% [markdown] lang="en"
 # The parameters cancel: in 16-bit weights, a step of one token has intensity 1 **for a model of any size**, and a step
 # of 1,024 tokens has 1,024. A modern GPU wants several hundred. So decode leaves nearly all its arithmetic idle, and
-# prefill leaves its memory idle. That is the whole reason for this book.
+# prefill leaves its memory bandwidth idle. That is the whole reason for this book.
 #
 # Now your device: two small measurements give its roof.
 
-# %% [markdown] lang="zh" en_hash="afabf1d4"
+# %% [markdown] lang="zh" en_hash="54ff63db"
 # 参数量约掉了：16 位权重下，一步只跑一个 token 时，**不管多大的模型**强度都是 1；一步跑 1,024 个 token，强度就是 1,024。
-# 而现代 GPU 要几百才吃得饱。所以解码时算力几乎全闲着，预填充时内存几乎全闲着——整本书讲的就是这件事。
+# 而现代 GPU 要几百才吃得饱。所以解码时算力几乎全闲着，预填充时内存带宽几乎全闲着——这本书就是为此而写的。
 #
-# 再看你的设备：两个小测量，就能画出它的屋顶。
+# 再看你的设备：两次小测量，就能画出它的屋顶。
 
 # %%
 import time
@@ -209,12 +204,12 @@ widgets.Roofline(peak_flops, bandwidth, points)
 # Decode stands far to the left, under the slope; prefill far to the right, under the flat roof. **How far below the roof
 # they stand is a fact about this engine on this machine**, and worth being honest about: tiny's weights fit in a
 # CPU's cache and its layers are so small that the cost of *starting* each operation, not of moving bytes, rules its
-# decode. For an 8-billion-parameter model the bytes rule. Arithmetic alone gives its floor:
+# decode. For an 8-billion-parameter model the bytes rule. Arithmetic alone gives the floor of its decode step:
 
-# %% [markdown] lang="zh" en_hash="cf099c50"
-# 解码在最左边，压在斜坡下面；预填充在最右边，顶着平顶。**它们离屋顶有多远，取决于这个引擎和这台机器**，
-# 这一点要说实话：tiny 的权重装得进 CPU 缓存，每一层又小，所以它解码时耗在*启动*每个算子上的时间比搬字节还多。
-# 换成 80 亿参数的模型，就是字节说了算了。它的下限用纸笔就能算出来：
+# %% [markdown] lang="zh" en_hash="81256f0e"
+# 解码远在左边，位于斜坡之下；预填充远在右边，位于平顶之下。**它们离屋顶有多远，取决于这个引擎和这台机器**，
+# 这一点要说实话：tiny 的权重装得进 CPU 缓存，每一层又小，所以左右它解码速度的是*启动*每个算子的开销，而不是搬字节。
+# 换成 80 亿参数的模型，就是字节说了算了。写一个 token 至少要多久，用纸笔就能算出来：
 
 # %%
 from nanopd.models.loader import load_spec
@@ -235,7 +230,7 @@ for name, rate in datasheet.items():
 # ## 0.4 互相妨碍
 #
 # 有人的回答正在一个字一个字往外流，每隔几毫秒一个 token。这时一个陌生人给同一个引擎发来 3,000 个 token 的提示。
-# **第一个回答里，相邻两个 token 之间最长的停顿会变成平时的多少倍？** 如果引擎改成每次只读 256 个 token 呢？
+# **第一个回答里，相邻两个 token 之间最长的停顿会变成平时的多少倍？** 如果引擎改成分块来读，每次只读 256 个 token 呢？
 
 # %%
 guess = nanopd.predict("00.4", whole_prompt=..., chunks_of_256=...)
@@ -269,11 +264,11 @@ widgets.BatchTimeline(busy.engine.history, token_budget=4096)
 # is a prompt of `prompt_len` tokens cut?
 
 # %% [markdown] lang="zh" en_hash="85cfad0d"
-# 这就是**干扰**。每根高条是陌生人提示的一块，旁边那根细条——在同一步里——就是不得不陪它等的那个 token。
-# 分块让停顿变短、变密，但不会让它消失；而且每多分一块，陌生人的首个 token 就晚一点。第 02 章会把这个调度器搭出来。
+# 这就是**干扰**。每根高条是陌生人提示的一个分块；同一步里，旁边那根细条就是不得不等它的那个 token。
+# 分块让停顿变短、变密，但不会让它消失；而且每多一个分块，陌生人的首个 token 就晚一点。第 02 章会把这个调度器搭出来。
 #
 # **练习 0.4** 一步最多跑 `budget` 个 token，`num_decoding` 条正在解码的序列先各占一个。
-# 一个 `prompt_len` 个 token 的提示会被切成哪几块？
+# 一个 `prompt_len` 个 token 的提示会被切成怎样的几个分块？
 
 # %% nbgrader={"grade_id": "ex-0-4", "solution": true}
 def plan_chunks(prompt_len: int, budget: int, num_decoding: int) -> list[int]:
@@ -301,7 +296,7 @@ nanopd.check("00.4", plan_chunks)
 # ## 0.5 两个工作进程，以及路上要运的东西
 #
 # 还有另一条出路：让一个工作进程只管读，另一个只管写。这就是**分离**。从此谁的解码都不必等陌生人的预填充了。
-# 可是写的那个需要读的那个算出来的东西：提示的每个 token、在每一层、每个 KV 头上各有一个键和一个值。
+# 可是写的那个需要读的那个算出来的东西：提示的每个 token，在每一层的每个 KV 头上，都有一个键和一个值。
 # 这就是 **KV 缓存**，现在它得上路了。
 #
 # **1,000 个 token 的提示，tiny 的 KV 缓存占多少 KB？Qwen3-8B 的又占多少 MB？**
@@ -339,8 +334,8 @@ nanopd.check("00.5", kv_bytes)
 # less disaggregation can win. Chapter 05 measures it instead of dividing.
 
 # %% [markdown] lang="zh" en_hash="d27ffc5a"
-# 这趟路要花多少时间？字节数除以带宽。把 `link` 改成连接你那几块 GPU 的速率（PCIe 4.0 实际约 25 GB/s，
-# NVLink 有几百），再和读完这样一个提示的时间比一比。链路越慢，分离就越难赢。第 05 章不靠除法，直接实测。
+# 这趟路要花多少时间？字节数除以带宽。把 `link` 改成你那几块 GPU 之间的带宽（PCIe 4.0 实际约 25 GB/s，
+# NVLink 有几百 GB/s），再和读完这样一个提示的时间比一比。链路越慢，分离就越难赢。第 05 章不靠除法，直接实测。
 
 # %%
 link = 25e9  # bytes a second
@@ -374,12 +369,7 @@ widgets.BatchTimeline({name: worker.engine.history for name, worker in cluster.w
 # P0 has nothing but tall bars, D0 nothing but thin ones. On one device this is no faster, and can't be: two workers share
 # it, and the transfer is extra work. What you see here is the *mechanism*. Whether it pays depends on the
 # load, the prompts and the link, and chapters 04 to 07 measure exactly that, including where it loses.
-
-# %% [markdown] lang="zh" en_hash="6e091ccc"
-# P0 上全是高条，D0 上全是细条。在同一个设备上，这样不会更快，也不可能更快：两个工作进程分的是同一份算力，传输还是额外的活。
-# 你在这里看到的是*机制*。划不划算，要看负载、提示和链路；第 04 到 07 章量的正是这个，包括它输的时候。
-
-# %% [markdown] lang="en"
+#
 # ## 0.6 Break it
 #
 # A prompt's KV has arrived on D0, in blocks of 16 tokens. Before the decode starts we play two tricks on it, eight
@@ -390,13 +380,16 @@ widgets.BatchTimeline({name: worker.engine.history for name, worker in cluster.w
 #
 # **How many of the eight answers are still right, each time?** One of the two may surprise you.
 
-# %% [markdown] lang="zh" en_hash="d39ef81e"
+# %% [markdown] lang="zh" en_hash="862d42b3"
+# P0 上全是高条，D0 上全是细条。在同一个设备上，这样不会更快，也不可能更快：两个工作进程分的是同一份算力，传输还是额外的活。
+# 你在这里看到的是*机制*。划不划算，要看负载、提示和链路；第 04 到 07 章量的正是这个，包括它什么时候输。
+#
 # ## 0.6 弄坏它
 #
-# 提示的 KV 已经到了 D0，按每块 16 个 token 放着。在解码开始之前，我们对它做两种手脚，各问八个问题。
+# 提示的 KV 已经到了 D0，按每块 16 个 token 放着。在解码开始之前，我们对它动两种手脚，各问八个问题。
 #
 # - **对调**：存着所问密码的那一块，和第一块互换位置。每个字节都还在。
-# - **丢失**：用第一块把它盖掉。三十来块里，丢了一块 16 个 token 的。
+# - **丢失**：用第一块的内容把它盖掉。三十来块里丢了一块，也就是 16 个 token。
 #
 # **两种情况下，八个回答里各还有几个是对的？** 其中一个可能会出乎你的意料。
 
@@ -437,8 +430,17 @@ guess.reveal(right_after_swap=sum(ask(question, swap) for question in questions)
 # A lost block is another matter: the digits of the code were there and nowhere else. No crash, no warning, a fluent
 # wrong number. A model with random weights would have hidden it, since its gibberish is as good as any other; this
 # is why the embedded model was trained, and why every path of the engine is tested on its answers.
+#
+# ## Where you are
+#
+# - Prefill computes, decode moves bytes: the same weights, an intensity a thousand times apart (0.3).
+# - Together they interfere; chunks soften that (0.4). Apart, the KV cache must travel (0.5).
+# - A wrong block makes a wrong answer, silently (0.6).
+#
+# Each of the chapters to come builds up one package of `nanopd/`. Next is 01, the block manager: where those blocks live, who
+# may write to them, and when they are free.
 
-# %% [markdown] lang="zh" en_hash="c4b6123c"
+# %% [markdown] lang="zh" en_hash="d4e98d19"
 # 对调居然毫发无伤！注意力看的是键和值的**集合**，而每个键在存进去之前，位置就已经旋进它里面了（旋转位置编码做的正是这件事）。
 # 它躺在内存的哪个角落并不要紧；分页之所以行得通，道理就在这里，第 01 章会细说。
 # （顺序对前缀缓存倒是要紧的：在那里，一个块代表*依次是哪些 token*。）
@@ -446,25 +448,14 @@ guess.reveal(right_after_swap=sum(ask(question, swap) for question in questions)
 # 丢一块就是另一回事了：密码的那几位数字只在那里，别处没有。没有崩溃，没有警告，只有一个流畅的错误数字。
 # 换成随机权重的模型，这个错就藏住了，反正它说的都是胡话，哪句都差不多。所以我们才专门训练了内置模型，
 # 引擎的每条路径都要拿它的回答来检验。
-
-# %% [markdown] lang="en"
-# ## Where you are
 #
-# - Prefill computes, decode moves bytes: the same weights, an intensity a thousand times apart (0.3).
-# - Together they interfere; chunks soften that (0.4). Apart, the KV cache must travel (0.5).
-# - A wrong block makes a wrong answer, silently (0.6).
-#
-# The seven packages of `nanopd/` are the chapters to come. Next is 01, the block manager: where those blocks live, who
-# may write to them, and when they are free.
-
-# %% [markdown] lang="zh" en_hash="18a2aff9"
 # ## 现在到了哪里
 #
-# - 预填充在算，解码在搬：同一份权重，算术强度相差上千倍（0.3）。
+# - 预填充忙着算，解码忙着搬：同一份权重，算术强度相差上千倍（0.3）。
 # - 放在一起会互相干扰，分块能缓和（0.4）；分开之后，KV 缓存就得上路（0.5）。
 # - 一个块错了，答案就错，而且悄无声息（0.6）。
 #
-# `nanopd/` 下的各个包就是后面的各章。下一章是 01，块管理器：那些块住在哪里，谁能往里写，什么时候算空闲。
+# 后面的每一章，都会搭出 `nanopd/` 里的一个包。下一章是 01，块管理器：那些块住在哪里，谁能往里写，什么时候算空闲。
 
 # %%
 cluster.shutdown()

@@ -94,14 +94,7 @@ print("all of them as long as allowed:", fill([longest] * 100, 16)[1], "paged,",
 #
 # And the last line is the case where paging loses: when every sequence grows to the limit, it saves nothing, and the
 # kernel still has to look each block up (chapter 03 measures what that costs).
-
-# %% [markdown] lang="zh" en_hash="1931bf8e"
-# 的确如此，直到块比多数序列还长为止。那为什么不用大小为 1 的块？看最后两列：块表变长，kernel 一口气能读的连续内存变短，
-# 后面讲的各种记账也更频繁。16 是折中，不是定律。
 #
-# 最后一行是分页输的情形：如果每条序列都会长到上限，它一格也省不下，kernel 却照样要逐块查表（代价由第 03 章来量）。
-
-# %% [markdown] lang="en"
 # ## 1.2 Blocks and block tables
 #
 # Blocks needn't lie side by side, so each sequence carries a list of them, its **block table**. Position `p` lives in block
@@ -111,7 +104,12 @@ print("all of them as long as allowed:", fill([longest] * 100, 16)[1], "paged,",
 # **A prompt has 1,000 tokens, blocks hold 16. Where does the next token, position 1,000, go: which entry, which
 # offset (both count from 0)? And how many bytes is that sequence's table, at 4 bytes an entry?**
 
-# %% [markdown] lang="zh" en_hash="8155184c"
+# %% [markdown] lang="zh" en_hash="a439f319"
+# 的确如此，直到块比多数序列还长为止。那为什么不用大小为 1 的块？看最后两列：块表变长，kernel 一口气能读的连续内存变短，
+# 后面讲的各种记账也更频繁。16 是折中，不是定律。
+#
+# 最后一行是分页输的情形：如果每条序列都会长到上限，它一格也省不下，kernel 却照样要逐块查表（代价由第 03 章来量）。
+#
 # ## 1.2 块与块表
 #
 # 块不必挨在一起，所以每条序列都带着一份清单，叫**块表**。位置 `p` 在块 `table[p // size]` 里，偏移是 `p % size`。
@@ -484,13 +482,7 @@ print("copies needed to write, writer gone:       ", manager.blocks_to_append(tr
 # Without the lease, the late layers of one conversation land in another. The price of it: room is held back for a
 # request that is dead, and a writer that never reports back holds it for ever, so somebody has to let go in its name. And while the writer is still a holder, copy-on-write protects the adopted last
 # block as it protects any other that is shared. One rule, no special case. Chapter 05 sends real bytes into these blocks.
-
-# %% [markdown] lang="zh" en_hash="44ca7bc4"
-# 没有租约，一段对话迟到的那几层就会写进另一段对话里。代价也得说清楚：请求已经死了，位置还得替它留着；要是写入方从此没了音信，位置就会一直占着，必须有人替它放手。
-# 另外，只要写入方还没放手，被接管的最后一块就和任何共享块一样，受写时复制保护。一条规则，没有特例。
-# 第 05 章会把真正的字节送进这些块里。
-
-# %% [markdown] lang="en"
+#
 # ## 1.7 Break it
 #
 # A careless engine throws the pairs away that `append_slot` returned. We ask the embedded model about a list of codes, four
@@ -498,7 +490,11 @@ print("copies needed to write, writer gone:       ", manager.blocks_to_append(tr
 # Ben's on the careless one: another code from the same list. **How many of Ben's four answers are right? And how many
 # faults will `check()` find?** (On the CPU, so that everybody sees the same.)
 
-# %% [markdown] lang="zh" en_hash="8f19bae2"
+# %% [markdown] lang="zh" en_hash="c7affbfc"
+# 没有租约，一段对话迟到的那几层就会写进另一段对话里。代价也得说清楚：请求已经死了，位置还得替它留着；要是写入方从此没了音信，位置就会一直占着，必须有人替它放手。
+# 另外，只要写入方还没放手，被接管的最后一块就和任何共享块一样，受写时复制保护。一条规则，没有特例。
+# 第 05 章会把真正的字节送进这些块里。
+#
 # ## 1.7 弄坏它
 #
 # 一个粗心的引擎把 `append_slot` 返回的那些块对扔掉了。我们拿一张密码表来问内置模型，一次要四个回答，并设 `top_k=1`，

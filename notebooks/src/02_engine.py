@@ -14,15 +14,14 @@
 # %% [markdown] lang="zh" en_hash="c1a7aa48"
 # # 02 引擎
 #
-# 很多人同时来问，提示长短各异，回答什么时候结束也由不得你。设备只有一个，一次只能走一步。
-# **下一步该跑哪些 token？** 这个问题答得好，同样的硬件就能多服务几倍的人。回答它的东西叫调度器。
-# 这一章里，你会对照着引擎自己的调度器，一块一块地把它搭出来。
+# 很多人同时来问，提示长短各异，回答什么时候结束也说不准。设备只有一个，一次只能走一步。
+# **下一步该跑哪些 token？** 这个问题答得好，同样的硬件就能服务几倍的人。负责回答它的，就叫调度器。
+# 这一章里，你会对照着引擎自己的调度器，一点一点把它搭出来。
 #
 # 大约需要一个小时。代码在 `nanopd/engine/`：`scheduler.py` 做决定，`runner.py` 做计算，`engine.py` 用寥寥几行把两者串起来。
 
 # %%
 import inspect
-import statistics
 import nanopd
 from nanopd import LLM, BeamSearchParams, SamplingParams, widgets
 from nanopd.engine.engine import Engine
@@ -73,7 +72,7 @@ widgets.BatchTimeline(llm.engine.history, token_budget=512)
 # %% [markdown] lang="zh" en_hash="cff220e1"
 # 引擎的步数是跑出来的，不是算出来的：运行之后的 `num_steps`。看图：一行条刚结束，紧接着的下一步就有另一行开始。
 # （请求的首个 token 和读提示在同一步里出来，所以写 n 个 token 的请求要坐 n 步。）
-# 它帮不上忙的时候：要是所有回答一样长，两种办法没有区别。
+# 它也有帮不上忙的时候：要是所有回答一样长，两种办法就没有区别。
 #
 # **练习 2.1** 不用引擎，算出步数：座位一空，就让给队里的下一个请求。
 
@@ -123,19 +122,17 @@ print(plan.num_tokens, "tokens in all")
 # Three sequences write one token each; the newcomer reads as much of its prompt as the budget of 128 tokens has left.
 # It draws nothing yet: only the prompt's **last** chunk ends in logits that matter. Prompts are of different lengths and
 # nothing is padded: the rows lie end to end, and attention finds each row's past through its block table.
-
-# %% [markdown] lang="zh" en_hash="9a6a9224"
-# 三条序列各写一个 token；新来的那个，在 128 个 token 的预算里，剩多少读多少。它暂时什么也不抽：
-# 只有提示的**最后**一块算出的 logits 才有用。提示长短不一，却不需要填充：各行首尾相接，注意力靠块表找到每一行的过去。
-
-# %% [markdown] lang="en"
+#
 # ## 2.3 Chunks
 #
 # Why not read the whole prompt at once? Because all who decode wait for it (you measured the pause in chapter 00). So a
 # step has a budget, and a long prompt is read in chunks. **With a budget of 64 tokens, while four others decode: in which
 # step does a 1,000-token prompt get its first token?**
 
-# %% [markdown] lang="zh" en_hash="1b2ba3d7"
+# %% [markdown] lang="zh" en_hash="69da1b67"
+# 三条序列各写一个 token；新来的那个，在 128 个 token 的预算里，剩多少读多少。它暂时什么也不抽：
+# 只有提示的**最后一个**分块算出的 logits 才有用。提示长短不一，却不需要填充：各行首尾相接，注意力靠块表找到每一行的过去。
+#
 # ## 2.3 分块
 #
 # 为什么不把整个提示一次读完？因为所有在解码的都得等它（第 00 章里你量过那个停顿）。所以每一步都有预算，长提示分块来读。
@@ -179,10 +176,10 @@ for budget in (64, 256, 1024):
 
 # %% [markdown] lang="zh" en_hash="9e869c9f"
 # **最长的一步**，是正在解码的人感受到的（他们的 TPOT）；**首个 token**，是新来的人感受到的（他的 TTFT），
-# 每多一块，就多付一次“一步”的固定开销。预算就是你在两者之间做取舍的地方；而分离，就是想不必取舍。
-# （如果在你的机器上，最大的预算反而不是最快的：参考注意力把一块里被掩掉的那一半也算了，这部分随块长的平方增长。）
+# 而每多一个分块，就要多付一份每步固定的开销。预算就是你在两者之间做取舍的地方；而分离，就是想办法不必取舍。
+# （如果在你的机器上，最大的预算反而不是最快的：参考注意力把分块里被掩掉的那一半也算了，这部分随分块长度的平方增长。）
 #
-# 一块必须看得见**它之前的一切**，而不只是自己。这样提示怎么切都不影响回答——我们也正是这样检验它的：
+# 一个分块必须看得见**它之前的一切**，而不只是自己。这样提示怎么切都不影响回答——我们也正是这样检验它的：
 
 # %%
 questions = [recall_prompt(seed, 300, lang) for seed in range(3) for lang in ("en", "zh")]
@@ -240,7 +237,7 @@ nanopd.check("02.4", admit)
 # 以后再像读提示那样把它们重读一遍。重算费时间，但什么也不会丢。而且最老的请求绝不会为了别人被请下去，
 # 每个请求总有一天会成为最老的——所以谁也不会饿死。
 #
-# 六个最长 100 个 token 的请求分 30 个块。**会发生几次抢占？六个回答里，又有几个和块充足时不一样？**
+# 六个请求，每个最多写 100 个 token，共用 30 个块。**会发生几次抢占？六个回答里，又有几个和块充足时不一样？**
 
 # %%
 guess = nanopd.predict("02.4", preemptions=..., different_answers=...)
@@ -258,12 +255,7 @@ widgets.BatchTimeline(tight.engine.history, token_budget=512)
 # %% [markdown] lang="en"
 # Step through it: each mark is a request sent back; the tall bar that follows later is its recomputation. Preemption is a
 # safety net, not a way of life. If you see many marks, admit fewer requests or give the cache more blocks.
-
-# %% [markdown] lang="zh" en_hash="d153fa1a"
-# 一步步看过去：每个标记都是一个被请下去的请求，后面出现的那根高条，就是它在重算。抢占是安全网，不是过日子的办法。
-# 如果标记很多，就少放些请求进来，或者多给缓存一些块。
-
-# %% [markdown] lang="en"
+#
 # ## 2.5 Drawing a token
 #
 # The model gives a number for every token in the vocabulary. By hand, with five tokens of probability 0.45, 0.25, 0.15,
@@ -271,10 +263,13 @@ widgets.BatchTimeline(tight.engine.history, token_budget=512)
 # **min-p** 0.3 keeps those with at least 0.3 times the best, again three. What is kept is scaled to sum to 1, and one
 # uniform number `u` picks: walk along the sums until they pass `u`.
 
-# %% [markdown] lang="zh" en_hash="cccd9fe2"
+# %% [markdown] lang="zh" en_hash="9c99e2c1"
+# 一步步看过去：每个标记都是一个被请下去的请求，后面出现的那根高条，就是它在重算。抢占是安全网，不是过日子的办法。
+# 如果标记很多，就少放些请求进来，或者多给缓存一些块。
+#
 # ## 2.5 抽一个 token
 #
-# 模型给词表里的每个 token 打一个分。先用笔算，五个 token 的概率为 0.45、0.25、0.15、0.10、0.05：
+# 模型给词表里的每个 token 打一个分。先用笔算，设五个 token 的概率为 0.45、0.25、0.15、0.10、0.05：
 # **top-k** 取 2，留下前两个；**top-p** 取 0.8，留下累加能到 0.8 的最少几个，这里是三个；
 # **min-p** 取 0.3，留下概率不低于最大值 0.3 倍的，也是三个。留下的重新归一，再用一个均匀随机数 `u` 来挑：
 # 沿着累加和往前走，走到超过 `u` 为止。
@@ -333,8 +328,8 @@ print(*answers, sep="\n")
 # %% [markdown] lang="zh" en_hash="4c4cea78"
 # ## 2.6 多个回答，以及束搜索
 #
-# 要 `n` 个回答时，提示只读**一遍**，然后序列分叉，由写时复制把各个写者隔开（第 01 章）。
-# **300 个 token 的提示，四个 8 token 的回答：最多用多少块，其中复制了几块？**
+# 要 `n` 个回答时，提示只读**一遍**，然后序列分叉，由写时复制保证各写各的（第 01 章）。
+# **300 个 token 的提示，四个回答各 8 个 token：最多同时用多少块，一共复制几块？**
 
 # %%
 guess = nanopd.predict("02.6", most_blocks=..., copied=...)
@@ -366,18 +361,19 @@ for beam in beams:
 # %% [markdown] lang="en"
 # ## 2.7 Break it
 #
-# A well-known engine of this kind once shipped with this fault: a prefill chunk attended **only to itself**. Nothing
+# An earlier engine of this kind shipped with this fault: a prefill chunk attended **only to itself**. Nothing
 # crashed. Short prompts were answered perfectly. The next cell builds that engine.
 #
 # Twelve questions of 600 tokens, read in chunks of 256. Before you run on: **how many answers will be right?** Then find out
 # *which*, and why those.
 
-# %% [markdown] lang="zh" en_hash="538dd8af"
+# %% [markdown] lang="zh" en_hash="45e78af2"
 # ## 2.7 弄坏它
 #
-# 有一个这类引擎，发布时就带着这个毛病：预填充的一块**只看得见自己**。没有崩溃，短提示也答得完美。下一格就造一个这样的引擎。
+# 有个早先的同类引擎，发布时就带着这样一个毛病：预填充的分块**只看得见自己**。没有崩溃，短提示也答得完美。
+# 下一格就造一个这样的引擎。
 #
-# 十二个 600 token 的问题，按 256 一块来读。运行之前先猜：**会答对几个？** 然后查清楚对的是*哪几个*，为什么偏偏是它们。
+# 十二个问题，各 600 个 token，每个分块读 256 个。运行之前先猜：**会答对几个？** 然后查清楚对的是*哪几个*，为什么偏偏是它们。
 
 # %%
 guess = nanopd.predict("02.7", right=...)
@@ -413,19 +409,12 @@ for question, output, is_right in zip(questions, outputs, right):
           f"{'right' if is_right else 'wrong'} ({output.outputs[0].text})")
 
 # %% [markdown] lang="en"
-# The question stands in the last chunk. Whose code stands there too is found; the others lie behind a wall. (Decoding
+# The question stands in the last chunk. A code that stands there too is found; the others lie behind a wall. (Decoding
 # sees the whole cache, but the keys in it were computed by tokens that had been blind, and the first digit was drawn by a
 # chunk that could not see the code.) No assertion in the scheduler could catch it: blocks, tables and counts are in
 # perfect order. Only the **answer** is wrong, which is why this engine's tests compare tokens with a reference for every
 # way of cutting a prompt.
-
-# %% [markdown] lang="zh" en_hash="a88db261"
-# 问题总在最后一块里。密码也在这一块的，找得到；其余的都隔在墙外。（解码时倒是看得见整个缓存，
-# 可缓存里的键是当初蒙着眼的 token 算出来的，而第一位数字，又是由看不见密码的那一块抽的。）
-# 调度器里再怎么断言也抓不住它：块、块表、计数，样样井井有条。错的只有**回答**——
-# 所以这个引擎的测试，会对每一种切法都拿 token 去和参考实现比对。
-
-# %% [markdown] lang="en"
+#
 # ## Where you are
 #
 # - A step is a plan of rows; a row is how many tokens are new and how many are cached (2.2).
@@ -435,15 +424,20 @@ for question, output, is_right in zip(questions, outputs, right):
 #
 # The deep dive is `docs_en/02_engine.md`. Next, chapter 03 replaces the reference attention by kernels of our own.
 
-# %% [markdown] lang="zh" en_hash="6164df5b"
+# %% [markdown] lang="zh" en_hash="0aa180bd"
+# 问题总在最后一个分块里。密码也在这个分块的，找得到；其余的都隔在墙外。（解码时倒是看得见整个缓存，
+# 可缓存里的键是当初蒙着眼的 token 算出来的，而第一位数字，又是由看不见密码的那个分块抽的。）
+# 调度器里再怎么断言也抓不住它：块、块表、计数，样样井井有条。错的只有**回答**——
+# 所以这个引擎的测试，会对每一种切法都拿 token 去和参考实现比对。
+#
 # ## 现在到了哪里
 #
 # - 一步就是由若干行组成的计划；一行就是“多少个新 token、多少个已缓存”（2.2）。
-# - 先解码，再分块，再放新人，都是先到先得（2.1、2.3、2.4）。
+# - 先跑解码，再跑分块，最后放新人，每一类都从最老的开始（2.1、2.3、2.4）。
 # - 抢占放弃的是块，留下的是 token，请求一个都不会丢（2.4）。
 # - 抽样只取决于请求自己（2.5）；几个回答之间能共享的都共享（2.6）。
 #
-# 深入讲解见 `docs_zh/02_engine.md`。下一章是 03，用我们自己的内核换下参考注意力。
+# 深入讲解见 `docs_zh/02_engine.md`。下一章是 03，用我们自己写的内核换下参考注意力。
 
 # %%
 pair.shutdown()

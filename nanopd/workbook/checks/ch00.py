@@ -49,14 +49,14 @@ def _chunks_of_the_engine(prompt_len: int, budget: int, num_decoding: int) -> li
 
 @exercise("00.4", hint_en="What is left of the budget after the decodes is the longest chunk; the last one may be shorter, "
                           "and there is no empty one.",
-          hint_zh="预算扣掉解码占去的部分，就是最长的一块；最后一块可以短一些，但不会有空块。")
+          hint_zh="预算扣掉解码占去的部分，就是最长的分块；最后一个分块可以短一些，但不会有空的。")
 def check_chunks_equal_the_schedulers(theirs: Callable[[int, int, int], list[int]]) -> None:
     for prompt_len, budget, decoding in ((1000, 256, 0), (1000, 256, 8), (512, 128, 0), (5, 64, 63), (3, 64, 2)):
         expected = _chunks_of_the_engine(prompt_len, budget, decoding)
         got = theirs(prompt_len, budget, decoding)
         assert got == expected, say(
             f"{prompt_len} tokens, budget {budget}, {decoding} decoding: the engine runs {expected}, you say {got}",
-            f"{prompt_len} 个 token、预算 {budget}、{decoding} 条在解码：引擎实际跑 {expected}，你的结果是 {got}")
+            f"{prompt_len} 个 token、预算 {budget}、{decoding} 条在解码：引擎实际跑的是 {expected}，你的结果是 {got}")
 
 
 @exercise("00.5", hint_en="A key and a value, for each token, layer and KV head, of head_dim elements.",
@@ -68,7 +68,7 @@ def check_kv_bytes_equal_the_specs(theirs: Callable[[ModelSpec, int, int], int])
             expected = tokens * spec.kv_bytes_per_token(width)
             got = theirs(spec, tokens, width)
             assert got == expected, say(
-                f"{layers} layers, {kv_heads} KV heads of {head_dim}, {tokens} tokens of {width} bytes: "
+                f"{layers} layers, {kv_heads} KV heads of {head_dim}, {tokens} tokens, {width} bytes a number: "
                 f"{expected:,} bytes, got {got}",
                 f"{layers} 层、{kv_heads} 个 KV 头、每头 {head_dim}、{tokens} 个 token、每个数 {width} 字节："
                 f"应为 {expected:,} 字节，得到 {got}")

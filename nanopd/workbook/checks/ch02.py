@@ -62,7 +62,7 @@ def _admitted_by_the_engine(blocks_needed: list[int], free: int, watermark: int,
 
 @exercise("02.4", hint_en="First come, first served: stop at the first that does not fit. The watermark stays free once "
                           "anything runs, and whoever has just come in counts as running.",
-          hint_zh="先到先进：遇到第一个放不下的就停。只要有人在跑，水位线就得留着；刚放进来的也算在跑。")
+          hint_zh="先到先进：遇到第一个放不下的就停。只要有人在跑，水位线就得留出来；刚放进来的也算在跑。")
 def check_admission_equals_the_schedulers(theirs: Callable[[list[int], int, int, int], int]) -> None:
     rng = random.Random(24)
     cases = [([10], 10, 2, 0), ([10], 10, 2, 1), ([4, 20, 1], 16, 1, 2), ([3, 3, 3], 9, 1, 0), ([2], 0, 0, 1)]
@@ -89,7 +89,7 @@ def _drawn_by_the_engine(probs: list[float], seed: int, top_k: int, top_p: float
 
 @exercise("02.5", hint_en="Cut to top_k and scale to 1; keep a token while the sum of those before it is below top_p; then "
                           "walk along the sums of what is kept until they pass u times their total.",
-          hint_zh="先截到 top_k 并归一；只要前面各项之和还小于 top_p，就保留；然后沿着保留项的累加和走，走到超过 u 乘以总和为止。")
+          hint_zh="先截到 top_k 并归一；一个 token 前面各项之和还小于 top_p，就保留它；然后沿着保留项的累加和走，走到超过 u 乘以总和为止。")
 def check_draws_equal_the_samplers(theirs: Callable[[list[float], float, int, float], int]) -> None:
     rng = random.Random(25)
     for seed in range(200):
