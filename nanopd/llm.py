@@ -86,7 +86,8 @@ class Cluster(Client):
         decoder, _ = load_model(model, device=devices[0], dtype=dtype, load_format=load_format, seed=seed)
         super().__init__(load_tokenizer(model), seed)
         self._executor = InlineExecutor(self._build_workers(decoder, devices[0], engine_options))
-        self._central = CentralScheduler(self._executor, mode, next(iter(self.workers.values())).engine.limits)
+        limits = Limits.tightest(worker.engine.limits for worker in self.workers.values())
+        self._central = CentralScheduler(self._executor, mode, limits)
 
     def _build_workers(self, decoder: Decoder, device: torch.device, options: EngineOptions) -> list[Worker]:
         """One worker for each placement, with a cache of its own. They share the weights."""
@@ -131,6 +132,8 @@ class Cluster(Client):
         self.shutdown()
 
     def _start(self, request: Request) -> None:
+        if not self.workers:
+            raise RuntimeError("this cluster has been shut down: make a new one")
         self._central.submit(request)
 
     def _advance(self) -> list[TokenEvent]:

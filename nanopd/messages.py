@@ -22,7 +22,7 @@ class Destination:
 
 @dataclass(frozen=True)
 class FirstToken:
-    """What the prefill worker drew for one answer."""
+    """What the prefill worker drew for one answer, or for one beam (whose `index` means nothing yet)."""
 
     index: int
     token_id: int

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "messages": BASE,
     # bookkeeping without tensors
     "block_manager": BLOCKS,
-    "engine.beam": BASE,
+    "engine.beam": BLOCKS,
     "engine.limits": BASE,
     "engine.output": BASE,
     "engine.scheduler": SCHEDULING,

@@ -8,12 +8,10 @@ worst answer kept.
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from nanopd.block_manager.manager import BlockSpaceManager
 from nanopd.core import BeamSearchParams, FinishReason, Sequence, SequenceGroup
-
-if TYPE_CHECKING:
-    from nanopd.engine.scheduler import Scheduler
 
 
 def num_candidates(beam_width: int, num_eos: int) -> int:
@@ -33,9 +31,13 @@ class Candidate(NamedTuple):
 class BeamSearch:
     """The state of one request's search: candidates of the current step and the answers found so far."""
 
-    def __init__(self, group: SequenceGroup, params: BeamSearchParams) -> None:
+    def __init__(self, group: SequenceGroup, params: BeamSearchParams, manager: BlockSpaceManager,
+                 eos_token_ids: frozenset[int], max_len: int) -> None:
         self.group = group
         self.params = params
+        self.manager = manager
+        self.eos_token_ids = eos_token_ids
+        self.max_len = max_len  # tokens a sequence may have
         self.candidates: list[Candidate] = []
         self.found: list[tuple[float, Sequence]] = []  # (score, answer), best first
 
@@ -48,15 +50,15 @@ class BeamSearch:
         """The group was preempted: its beams will be run again."""
         self.candidates.clear()
 
-    def advance(self, scheduler: Scheduler) -> None:
+    def advance(self) -> None:
         """All beams have offered their candidates: choose. Ends the group's sequences when the search is over."""
         width = self.params.beam_width
-        ranked = heapq.nlargest(num_candidates(width, len(scheduler.eos_token_ids)), self.candidates,
+        ranked = heapq.nlargest(num_candidates(width, len(self.eos_token_ids)), self.candidates,
                                 key=lambda candidate: candidate.total)
         self.candidates.clear()
         survivors = []
         for rank, candidate in enumerate(ranked):
-            reason = self._end_of(candidate, scheduler)
+            reason = self._end_of(candidate)
             if reason is None:
                 survivors.append(candidate)
             elif rank < width:
@@ -65,10 +67,10 @@ class BeamSearch:
                 answer.finish(reason)
                 self._keep(answer)
         if survivors and self._can_improve(survivors[0]):
-            self._continue_with(survivors[:width], scheduler)
+            self._continue_with(survivors[:width])
         else:
             for beam in self.group.live:
-                scheduler.finish(beam, FinishReason.STOP)
+                self._drop(beam)
 
     def resume(self, answer: Sequence) -> None:
         """An answer that was found on the worker where the search began."""
@@ -82,11 +84,11 @@ class BeamSearch:
             answer.index = index
         return [answer for _, answer in self.found]
 
-    def _end_of(self, candidate: Candidate, scheduler: Scheduler) -> FinishReason | None:
-        if candidate.token_id in scheduler.eos_token_ids and not self.params.ignore_eos:
+    def _end_of(self, candidate: Candidate) -> FinishReason | None:
+        if candidate.token_id in self.eos_token_ids and not self.params.ignore_eos:
             return FinishReason.STOP
         full = candidate.parent.num_output + 1 >= self.params.max_tokens
-        return FinishReason.LENGTH if full or len(candidate.parent) + 1 >= scheduler.max_len else None
+        return FinishReason.LENGTH if full or len(candidate.parent) + 1 >= self.max_len else None
 
     def _score(self, total: float, length: int) -> float:
         return total / length**self.params.length_penalty
@@ -101,21 +103,25 @@ class BeamSearch:
             return True
         return self._score(best.total, best.parent.num_output + 1) > self.found[-1][0]
 
-    def _continue_with(self, survivors: list[Candidate], scheduler: Scheduler) -> None:
+    def _continue_with(self, survivors: list[Candidate]) -> None:
         """Each survivor gets its own sequence: its parent's first takes the parent itself, the others fork."""
         parents = {candidate.parent.seq_id for candidate in survivors}
         for beam in self.group.live:
             if beam.seq_id not in parents:
-                scheduler.finish(beam, FinishReason.STOP)
+                self._drop(beam)
         taken: set[int] = set()
         beams = []
         for candidate in survivors:
             beam = candidate.parent
             if beam.seq_id in taken:
                 beam = beam.fork(0)
-                scheduler.manager.fork(candidate.parent, beam)
+                self.manager.fork(candidate.parent, beam)
             taken.add(beam.seq_id)
             beams.append(beam)
         for beam, candidate in zip(beams, survivors, strict=True):  # only now: a fork copies its parent's tokens
             beam.append_token(candidate.token_id, candidate.logprob)
         self.group.sequences = beams
+
+    def _drop(self, beam: Sequence) -> None:
+        self.manager.free(beam)
+        beam.finish(FinishReason.STOP)

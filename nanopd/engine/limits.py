@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from nanopd.core import InvalidRequest, Request
 
@@ -17,6 +17,11 @@ class Limits:
     num_blocks: int
     block_size: int
     max_num_seqs: int
+
+    @classmethod
+    def tightest(cls, limits: Iterable[Limits]) -> Limits:
+        """What every one of several engines can take."""
+        return cls(*map(min, zip(*map(astuple, limits), strict=True)))
 
     @property
     def max_len(self) -> int:

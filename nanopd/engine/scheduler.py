@@ -59,8 +59,7 @@ class Scheduler:
 
     def add(self, group: SequenceGroup) -> None:
         """Queue a fresh request. Whether it can be served at all is for `Limits.check` to say beforehand."""
-        if group.request.beam:
-            self.beams[group.request_id] = beam.BeamSearch(group, group.request.beam)
+        self._begin_beams(group)
         self.waiting.append(_Entry(next(self._tickets), group))
 
     def adopt(self, group: SequenceGroup, lease: Lease) -> None:
@@ -70,17 +69,24 @@ class Scheduler:
         fork from it; those that ended with that token count as answers a beam search has found.
         """
         leader, *others = group.live
-        if group.request.beam:
-            search = self.beams[group.request_id] = beam.BeamSearch(group, group.request.beam)
-            for sequence in group.sequences:
-                if sequence.finished:
-                    search.resume(sequence)
+        search = self._begin_beams(group)
+        for sequence in group.sequences if search else ():
+            if sequence.finished:
+                search.resume(sequence)
         self.manager.adopt(leader, lease)
         for sequence in others:
             self._share_prompt(leader, sequence)
         for sequence in group.live:
             sequence.move_to(Phase.DECODE)
         self.running.append(_Entry(next(self._tickets), group))
+
+    def _begin_beams(self, group: SequenceGroup) -> beam.BeamSearch | None:
+        params = group.request.beam
+        if params is None:
+            return None
+        search = beam.BeamSearch(group, params, self.manager, self.eos_token_ids, self.max_len)
+        self.beams[group.request_id] = search
+        return search
 
     @property
     def has_work(self) -> bool:
@@ -259,7 +265,7 @@ class Scheduler:
 
     def _advance_beams(self, group: SequenceGroup) -> list[Update]:
         search = self.beams[group.request_id]
-        search.advance(self)
+        search.advance()
         return [
             Update(answer, token_id, logprob, finish_reason=answer.finish_reason if is_last else None)
             for answer in search.answers()

@@ -37,6 +37,8 @@ from nanopd.messages import (
     WriteEnded,
 )
 
+TIMELINES_KEPT = 4096
+
 
 class Executor(Protocol):
     """Carries messages to workers and back."""
@@ -98,7 +100,7 @@ class CentralScheduler:
         self.timelines: dict[str, Timeline] = {}
         self._entries: dict[str, _Entry] = {}
         self._queue: deque[str] = deque()
-        self._load: Counter[str] = Counter()  # requests each worker has in hand
+        self._load: Counter[str] = Counter()  # requests each worker has in hand or was asked to take
         self._events: list[TokenEvent] = []
         self._handlers: dict[type, Callable] = {
             Tokens: self._on_tokens, Granted: self._on_granted, Refused: self._on_refused,
@@ -112,30 +114,45 @@ class CentralScheduler:
         entry.timeline.mark("queued")
         self._entries[request.request_id] = entry
         self.timelines[request.request_id] = entry.timeline
+        if len(self.timelines) > TIMELINES_KEPT:
+            del self.timelines[next(iter(self.timelines))]
         self._queue.append(request.request_id)
 
     def step(self) -> list[TokenEvent]:
         """Send out what is in line, let the workers step, take in what they say. Returns the tokens drawn."""
         self._dispatch()
-        for worker_id, message in self.executor.poll():
-            self._handlers[type(message)](worker_id, message)
+        self._poll()
+        self._settle()
         events, self._events = self._events, []
         return events
+
+    def _poll(self) -> None:
+        for worker_id, message in self.executor.poll():
+            self._handlers[type(message)](worker_id, message)
+
+    def _settle(self) -> None:
+        """When the last request has ended, see to it that every lease and cancel reaches its worker now."""
+        while not self._entries and not self.executor.idle:
+            self._poll()
 
     @property
     def has_work(self) -> bool:
         return bool(self._entries)
 
     def cancel(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
-        """End a request, or one of the answers it has begun, wherever it is. What it held on workers is given back."""
+        """End a request, or one of the answers it has begun, wherever it is. What it held on workers is given back.
+
+        A beam search has no answers until it is over, so it ends as a whole or not at all.
+        """
         entry = self._entries.get(request_id)
-        if entry is None:
+        if entry is None or (index is not None and entry.request.beam):
             return []
         ended = sorted(entry.open_answers if index is None else entry.open_answers & {index})
         for worker_id in entry.timeline.path:
             self.executor.send(worker_id, Cancel(request_id, index))
         entry.open_answers -= set(ended)
         self._close_if_ended(request_id)
+        self._settle()
         return [TokenEvent(request_id, i, finish_reason=FinishReason.ABORT) for i in ended]
 
     # -------------------------------------------------------------------------------------- sending out
@@ -162,6 +179,7 @@ class CentralScheduler:
     def _reserve(self, entry: _Entry) -> None:
         worker_id = self._least_loaded("D", entry.refused_by)
         entry.stage = Stage.RESERVING
+        self._load[worker_id] += 1
         self.executor.send(worker_id, Reserve(entry.request))
 
     def _least_loaded(self, role: str, avoid: set[str] = frozenset()) -> str:  # type: ignore[assignment]
@@ -186,6 +204,7 @@ class CentralScheduler:
                 self._close_if_ended(event.request_id)
 
     def _on_refused(self, worker_id: str, message: Refused) -> None:
+        self._load[worker_id] -= 1
         entry = self._entries.get(message.request_id)
         if entry is None:
             return
@@ -198,13 +217,13 @@ class CentralScheduler:
     def _on_granted(self, worker_id: str, message: Granted) -> None:
         entry = self._entries.get(message.request_id)
         if entry is None:  # cancelled meanwhile: nobody will write, nobody will read
+            self._load[worker_id] -= 1
             self._release(message.destination, "request", "writer")
             return
         self._queue.remove(message.request_id)
         entry.timeline.mark(f"blocks granted by {worker_id}")
         entry.destination = message.destination
         entry.stage = Stage.PREFILL
-        self._load[worker_id] += 1
         prefill_worker = self._least_loaded("P")
         self._enter(entry, prefill_worker)
         self.executor.send(prefill_worker, Prefill(entry.request, message.destination))
@@ -220,8 +239,9 @@ class CentralScheduler:
         decode_worker = message.destination.worker_id
         entry.timeline.path.append(decode_worker)
         entry.timeline.mark(f"sent to {decode_worker}")
-        going_on = [first for first in message.first_tokens if first.index in entry.open_answers]
-        self.executor.send(decode_worker, Resume(entry.request, message.destination.lease_id, going_on))
+        first_tokens = [first for first in message.first_tokens
+                        if first.finish_reason is not None or first.index in entry.open_answers]
+        self.executor.send(decode_worker, Resume(entry.request, message.destination.lease_id, first_tokens))
 
     def _on_write_ended(self, worker_id: str, message: WriteEnded) -> None:
         self._load[worker_id] -= 1

@@ -21,11 +21,14 @@ class InlineExecutor:
         self.workers[worker_id].inbox.append(message)
 
     def poll(self) -> list[tuple[str, FromWorker]]:
-        """Step every worker once. Returns what they have to say, as (worker id, message)."""
-        messages: list[tuple[str, FromWorker]] = []
-        for worker_id, worker in self.workers.items():
+        """Step every worker once. Returns what they have to say, as (worker id, message).
+
+        Messages stay in the outboxes until all have stepped: an interrupted step (Ctrl-C) must not lose the others'.
+        """
+        for worker in self.workers.values():
             worker.step()
-            messages += [(worker_id, message) for message in worker.outbox]
+        messages = [(worker_id, message) for worker_id, worker in self.workers.items() for message in worker.outbox]
+        for worker in self.workers.values():
             worker.outbox.clear()
         return messages
 

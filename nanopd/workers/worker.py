@@ -69,7 +69,7 @@ class Worker:
         events = self.engine.step()
         if events:
             self._emit(events)
-        self._finish_transfers(events)
+        self._finish_transfers()
 
     # ------------------------------------------------------------------------------------------ handlers
 
@@ -103,6 +103,9 @@ class Worker:
         lease, _ = self._leases.pop(message.lease_id)
         group = SequenceGroup.resume(message.request, [
             (first.index, first.token_id, first.logprob) for first in message.first_tokens])
+        for sequence, first in zip(group.sequences, message.first_tokens, strict=True):
+            if first.finish_reason is not None:
+                sequence.finish(first.finish_reason)
         self.engine.scheduler.adopt(group, lease)
         self.manager.release_lease(lease, "writer")
 
@@ -127,18 +130,15 @@ class Worker:
             if layer == self.cache.data.shape[0] - 1:
                 transfer.finish_step(row)
 
-    def _finish_transfers(self, events: list[TokenEvent]) -> None:
+    def _finish_transfers(self) -> None:
         """Report the prompts that are done and arrived, and let their blocks here go."""
-        firsts: dict[str, list[FirstToken]] = {}
-        for event in events:
-            if event.request_id in self.transfers and event.token_id is not None:
-                first = FirstToken(event.index, event.token_id, event.logprob, event.finish_reason)
-                firsts.setdefault(event.request_id, []).append(first)
-        for request_id, first_tokens in firsts.items():
-            if request_id in self.engine.scheduler.handed_off:
-                transfer = self.transfers.pop(request_id)
-                self.outbox.append(Prefilled(request_id, transfer.destination, first_tokens))
-                self.engine.scheduler.release_handed_off(request_id)
+        scheduler = self.engine.scheduler
+        for request_id in list(scheduler.handed_off):
+            first_tokens = [
+                FirstToken(sequence.index, sequence.token_ids[-1], sequence.logprobs[-1], sequence.finish_reason)
+                for sequence in scheduler.first_tokens(request_id)]
+            self.outbox.append(Prefilled(request_id, self.transfers.pop(request_id).destination, first_tokens))
+            scheduler.release_handed_off(request_id)
         self._end_writes()
 
     def _end_writes(self) -> None:

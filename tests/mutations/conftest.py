@@ -1,0 +1,19 @@
+"""The checkpoint that the tests of whole pipelines use."""
+
+import pytest
+import torch
+from workers.serving import Reference
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    return Reference(tmp_path_factory.mktemp("mutated"))
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """Threads only wait for one another on models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,302 @@
+"""A model without a model, and the books that a client would keep. Torch-free, for engines and whole clusters.
+
+The fake's cache is a dict: (block, offset) -> what a key would hold, a number made of the token and of what stands
+before it, as read through the block table. So a wrong block, a dropped copy or a block given away too early
+changes every number after it, and the next token with them. Rows are checked against the true numbers as they run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+from nanopd.block_manager.manager import BlockSpaceManager
+from nanopd.config import CacheConfig, SchedulerConfig
+from nanopd.core import FinishReason, Phase, Request, RowResult, StepResult
+from nanopd.engine.engine import Engine
+from nanopd.engine.limits import Limits
+from nanopd.engine.scheduler import Scheduler
+
+VOCAB = 12
+EOS = 0
+
+# ------------------------------------------------------------------------------- the fake, as a pure function
+
+
+def key_after(before, token, layer):
+    """What the cache holds for `token` where `before` is what it holds for the token in front (None: nothing)."""
+    return hash((layer, -1 if before is None else before, token))
+
+
+def key_of(token_ids, layer):
+    key = None
+    for token in token_ids:
+        key = key_after(key, token, layer)
+    return key
+
+
+def draw(key, answer):
+    return hash((key, answer, 1)) % VOCAB
+
+
+def logprobs_after(key):
+    """(token, logprob) of the whole vocabulary, likeliest first."""
+    scores = [hash((key, token, 2)) % 10007 / 2500 for token in range(VOCAB)]
+    total = math.log(sum(math.exp(score) for score in scores))
+    return sorted(((token, score - total) for token, score in enumerate(scores)), key=lambda pair: -pair[1])
+
+
+def expected_answer(request, index, max_len, num_layers=1):
+    """The tokens an undisturbed answer has, and why it ends."""
+    sampling, tokens = request.sampling, []
+    while True:
+        token = draw(key_of([*request.prompt_token_ids, *tokens], num_layers - 1), index)
+        tokens.append(token)
+        stops = (token == EOS and not sampling.ignore_eos) or token in sampling.stop_token_ids
+        if stops and len(tokens) > sampling.min_tokens:
+            return tokens, FinishReason.STOP
+        if len(tokens) == sampling.max_tokens or len(request.prompt_token_ids) + len(tokens) >= max_len:
+            return tokens, FinishReason.LENGTH
+
+
+def expected_beams(request, max_len, num_layers=1):
+    """The answers of a beam search, best first: (tokens, reason). With every continuation in view at every turn."""
+    params, prompt = request.beam, request.prompt_token_ids
+    beams, found = [(0.0, [])], []
+    while True:
+        ranked = sorted(((total + logprob, [*tokens, token]) for total, tokens in beams
+                         for token, logprob in logprobs_after(key_of([*prompt, *tokens], num_layers - 1))),
+                        key=lambda beam: -beam[0])
+        going_on = []
+        for rank, (total, tokens) in enumerate(ranked):
+            stops = tokens[-1] == EOS and not params.ignore_eos
+            if not stops and len(tokens) < params.max_tokens and len(prompt) + len(tokens) < max_len:
+                going_on.append((total, tokens))
+            elif rank < params.beam_width:
+                reason = FinishReason.STOP if stops else FinishReason.LENGTH
+                found.append((total / len(tokens) ** params.length_penalty, tokens, reason))
+        found = sorted(found, key=lambda answer: -answer[0])[: params.beam_width]
+        full = len(found) == params.beam_width
+        if not going_on or (full and going_on[0][0] / len(going_on[0][1]) ** params.length_penalty <= found[-1][0]):
+            return [(tokens, reason) for _, tokens, reason in found]
+        beams = going_on[: params.beam_width]
+
+
+# ------------------------------------------------------------------------------------------ engine and runner
+
+
+class FakeCache:
+    """One dict per layer. `data.shape[0]` is the number of layers, as in KVCache."""
+
+    def __init__(self, num_layers=1):
+        self.layers = [{} for _ in range(num_layers)]
+        self.data = SimpleNamespace(shape=(num_layers,))
+
+    def copy_blocks(self, pairs, block_size):
+        for layer in self.layers:
+            read = [(destination, offset, layer.get((source, offset)))
+                    for source, destination in pairs for offset in range(block_size)]
+            for destination, offset, key in read:
+                layer[destination, offset] = key
+
+
+class Breakdown(RuntimeError):
+    """What a broken runner raises."""
+
+
+class FakeRunner:
+    """Carries plans out in a FakeCache. `faults` lists what was wrong with them: an engine would swallow a raise.
+
+    `break_at` makes the next step raise `break_with`: "start", "middle" (copies done, one layer written) or "end". A row
+    of a request in `spoiled` comes back with an error.
+    """
+
+    def __init__(self, scheduler, num_layers=1):
+        self.scheduler = scheduler
+        self.cache = FakeCache(num_layers)
+        self.faults = []
+        self.plans = []
+        self.break_at = None
+        self.break_with = Breakdown
+        self.spoiled = set()
+        self.counts = Counter()
+
+    def execute(self, plan, on_layer=None):
+        self.plans.append(plan)
+        self._check_plan(plan)
+        self._maybe_break("start")
+        self.cache.copy_blocks(plan.copies, self.scheduler.manager.block_size)
+        for layer in range(len(self.cache.layers)):
+            keys = [self._run_row(row, layer) for row in plan.rows]
+            if on_layer is not None:
+                on_layer(layer)
+            self._maybe_break("middle")
+        self._maybe_break("end")
+        return StepResult([self._draw(row, key) for row, key in zip(plan.rows, keys, strict=True)])
+
+    def _maybe_break(self, moment):
+        if self.break_at == moment:
+            self.break_at = None
+            self.counts["raises"] += 1
+            raise self.break_with(f"the runner broke at the {moment}")
+
+    def _run_row(self, row, layer):
+        cache, size = self.cache.layers[layer], self.scheduler.manager.block_size
+        key, truth = None, None
+        for position, token in enumerate(row.sequence.token_ids[: row.num_cached + row.num_new]):
+            slot = row.block_table[position // size], position % size
+            truth = key_after(truth, token, layer)
+            if position >= row.num_cached:
+                cache[slot] = key_after(key, token, layer)
+            key = cache.get(slot)
+            self._require(key == truth, f"{row.sequence} reads position {position} wrong in block {slot[0]}")
+        return key
+
+    def _draw(self, row, key):
+        if row.request.request_id in self.spoiled:
+            self.spoiled.discard(row.request.request_id)
+            self.counts["row errors"] += 1
+            return RowResult(error="spoiled")
+        answers = range(row.sequence.index, row.sequence.index + row.num_samples)
+        top = logprobs_after(key)[: row.num_top]
+        return RowResult([draw(key, answer) for answer in answers], [-1.0] * row.num_samples, top)
+
+    def _check_plan(self, plan):
+        """What every plan promises."""
+        scheduler, manager = self.scheduler, self.scheduler.manager
+        config = scheduler.config
+        self.counts["copies"] += len(plan.copies)
+        self.counts["preemptions"] += len(plan.preempted)
+        self.counts["shared steps"] += len({row.kind for row in plan.rows}) == 2
+        self._require(plan.num_tokens <= config.max_num_batched_tokens, f"{plan.num_tokens} tokens in a step")
+        self._require(len(plan.rows) <= config.max_num_seqs, f"{len(plan.rows)} rows in a step")
+        self._require(scheduler.num_seats_taken <= config.max_num_seqs, f"{scheduler.num_seats_taken} seats taken")
+        destinations = [destination for _, destination in plan.copies]
+        self._require(len(set(destinations)) == len(destinations), "a block is the destination of two copies")
+        written = Counter()
+        for row in plan.rows:
+            self._check_row(row, config)
+            size = manager.block_size
+            blocks = row.block_table[row.num_cached // size : -(-(row.num_cached + row.num_new) // size)]
+            written.update(blocks)
+            for block in blocks:
+                self._require(manager.ref_count(block) == 1, f"{row.sequence} writes to shared block {block}")
+                self._require(not manager.pool.is_cached(block), f"{row.sequence} writes to cached block {block}")
+        self._require(not written or max(written.values()) == 1, "two rows write to one block")
+        self._check_order(plan)
+
+    def _check_row(self, row, config):
+        sequence = row.sequence
+        self._require(row.num_new >= 1 and row.num_cached == sequence.num_computed, f"{sequence} is planned from elsewhere")
+        self._require(row.num_new <= (config.prefill_chunk_size or row.num_new), f"a chunk of {row.num_new} tokens")
+        self._require(sequence.phase in (Phase.PREFILL, Phase.DECODE), f"{sequence} runs")
+        self._require(row.block_table == self.scheduler.manager.block_table(sequence), f"{sequence} has another table")
+        draws = row.num_cached + row.num_new == len(sequence)
+        self._require(draws == (row.num_samples > 0), f"{sequence} draws {row.num_samples}")
+
+    def _check_order(self, plan):
+        """Whoever is preempted is younger than all that run."""
+        tickets = {entry.group.request_id: entry.ticket for entry in (*self.scheduler.waiting, *self.scheduler.running)}
+        running = [entry.ticket for entry in self.scheduler.running]
+        for request_id in plan.preempted:
+            self._require(not running or tickets[request_id] > max(running),
+                          f"request {request_id} was preempted while a younger one runs")
+
+    def _require(self, condition, fault):
+        if not condition:
+            self.faults.append(fault)
+
+
+def make_engine(num_blocks=32, block_size=4, *, caching=True, watermark=0.0, max_num_seqs=8, budget=32, chunk=None,
+                max_model_len=64, num_layers=1, eos=(EOS,)):
+    """An engine around a FakeRunner."""
+    manager = BlockSpaceManager.from_config(CacheConfig(num_blocks, block_size, caching, watermark))
+    scheduler = Scheduler(SchedulerConfig(max_num_seqs, budget, chunk, max_model_len), manager, eos)
+    limits = Limits(VOCAB, max_model_len, num_blocks, block_size, max_num_seqs)
+    return Engine(FakeRunner(scheduler, num_layers), scheduler, limits)
+
+
+# ------------------------------------------------------------------------------------------------- the checks
+
+
+class Ledger:
+    """What a client sees: every answer's tokens, and its one end."""
+
+    def __init__(self, max_len, num_layers=1):
+        self.max_len = max_len
+        self.num_layers = num_layers
+        self.requests: dict[str, Request] = {}
+        self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.ends: dict[tuple[str, int], FinishReason] = {}
+        self.errors: dict[str, str] = {}
+
+    def add(self, request):
+        self.requests[request.request_id] = request
+        self.tokens.update({(request.request_id, index): [] for index in range(request.num_answers)})
+
+    def take(self, events):
+        for event in events:
+            answer = event.request_id, event.index
+            assert answer in self.tokens, f"an event for {answer}, which nobody asked for"
+            assert answer not in self.ends, f"an event after the end of {answer}"
+            if event.token_id is not None:
+                self.tokens[answer].append(event.token_id)
+            if event.finish_reason is not None:
+                self.ends[answer] = event.finish_reason
+            if event.error is not None:
+                self.errors[event.request_id] = event.error
+        return events
+
+    @property
+    def open(self):
+        """Ids of the requests with answers that have not ended."""
+        return list(dict.fromkeys(request_id for request_id, index in self.tokens if (request_id, index) not in self.ends))
+
+    def assert_every_answer_ended_once(self):
+        """Once at most is what `take` holds."""
+        assert set(self.ends) == set(self.tokens), f"never ended: {sorted(set(self.tokens) - set(self.ends))}"
+
+    def assert_tokens_are_right(self):
+        """An answer that ran to its end has exactly the model's tokens, a broken off one the first of them."""
+        for request_id, request in self.requests.items():
+            truth = ([expected_answer(request, index, self.max_len, self.num_layers) for index in range(request.num_answers)]
+                     if request.beam is None else expected_beams(request, self.max_len, self.num_layers))
+            for index, (tokens, reason) in enumerate(truth):
+                self._assert_answer(request, (request_id, index), tokens, reason)
+
+    def _assert_answer(self, request, answer, tokens, reason):
+        got, end = self.tokens[answer], self.ends.get(answer)
+        if end in (FinishReason.STOP, FinishReason.LENGTH):
+            assert (got, end) == (tokens, reason), f"answer {answer} of {request}"
+        else:
+            assert got == tokens[: len(got)], f"answer {answer} of {request}, ended by {end}"
+
+
+def assert_nothing_left(manager):
+    """Everybody has gone: the books balance, and no block or lease is held."""
+    manager.check()
+    assert manager.num_used_blocks == 0 and manager.leases == [], manager.snapshot()
+
+
+def assert_engine_is_empty(engine):
+    scheduler = engine.scheduler
+    assert not engine.has_work
+    assert (scheduler.waiting, scheduler.running, scheduler.handed_off, scheduler.beams) == ([], [], {}, {})
+    assert scheduler.num_seats_taken == 0
+    assert_nothing_left(scheduler.manager)
+
+
+def assert_plans_were_sound(runner):
+    """The fake runner found nothing wrong with the plans, nor with what it read from the cache."""
+    assert runner.faults == []
+
+
+def drain(engine, ledger, max_steps):
+    """Run until nothing is left. Returns how many steps that took, `max_steps` at most."""
+    for steps in range(max_steps + 1):
+        if not engine.has_work:
+            return steps
+        ledger.take(engine.step())
+        assert_plans_were_sound(engine.runner)
+    raise AssertionError(f"not done after {max_steps} steps: {engine.scheduler.waiting} {engine.scheduler.running}")
