@@ -603,3 +603,19 @@ def test_a_step_costs_the_same_in_a_pool_of_100_000_blocks():
         return best
 
     assert best_round(100_000) < 10 * best_round(100)
+
+
+def test_a_forgotten_sequence_is_found_no_more_and_keeps_its_table() -> None:
+    manager = BlockSpaceManager(num_blocks=8, block_size=4)
+    sequence = Sequence(range(10))
+    manager.allocate(sequence)
+    sequence.num_computed = 10
+    manager.commit(sequence)
+    assert len(manager.cached_prefix(range(10))) == 2
+    manager.forget(sequence)
+    assert manager.cached_prefix(range(10)) == []
+    assert len(manager.block_table(sequence)) == 3
+    manager.free(sequence)
+    manager.forget(sequence)  # without a table: nothing happens
+    manager.check()
+    assert manager.num_used_blocks == 0

@@ -398,3 +398,21 @@ def test_unseeded_requests_differ_but_follow_the_llms_seed(checkpoint, make_llm)
 
     assert len(set(answers(1))) == 6
     assert answers(1) == answers(1) != answers(2)
+
+
+def test_bad_keys_leave_the_prefix_cache_with_their_request(checkpoint, make_llm):
+    """The chunk that went wrong was cached long before the logits told: the same prompt must not find it again."""
+    llm = make_llm(checkpoint("qwen3"), block_size=4, prefill_chunk_size=8)
+    prompt = {"prompt_token_ids": checkpoint("qwen3").random_prompt(20)}
+    greedy = SamplingParams(temperature=0, max_tokens=6)
+    expected = llm.generate(prompt, greedy, use_tqdm=False)[0].outputs[0].token_ids
+    manager = llm.engine.scheduler.manager
+    manager.reset_prefix_cache()
+
+    stream = llm.submit(prompt, greedy)
+    llm.step()
+    table = manager.block_table(llm.engine.scheduler.running[0].group.live[0])
+    assert manager.pool.is_cached(table[0])
+    llm.engine.runner.cache.poison(table[:1])
+    assert "NaN or infinity" in stream.result().error
+    assert llm.generate(prompt, greedy, use_tqdm=False)[0].outputs[0].token_ids == expected
