@@ -67,7 +67,7 @@ class BatchTimeline(Player):
             style={"button_width": "auto"})
         self.axis.add_class("nanopd-axis")
         self.axis.observe(self._reporting(self._redraw), names="value")
-        super().__init__(go.FigureWidget(self._bare_figure()), "nanopd-batch-timeline", extra=[self.axis])
+        super().__init__(self._bare_figure(), "nanopd-batch-timeline", extra=[self.axis])
         self._load(at_end=True)
 
     # Playing
@@ -284,6 +284,7 @@ class BatchTimeline(Player):
             uniformtext={"minsize": 8, "mode": "hide"},
             hoverlabel={"font_family": FONT, "align": "left"},
             legend={"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom", "x": 0,
+                    "xref": "container",
                     "itemclick": False, "itemdoubleclick": False},
             yaxis={"showgrid": False, "automargin": True})
         return figure

@@ -62,7 +62,7 @@ class BlockMap(Player):
         self._cuts: set[int] = set()  # numbers of events that begin a move
         self.columns = _columns(manager.num_blocks)
         self._pool_lines = -(-manager.num_blocks // self.columns)
-        super().__init__(go.FigureWidget(self._bare_figure()), "nanopd-block-map")
+        super().__init__(self._bare_figure(), "nanopd-block-map")
         self._load(-1)
 
     # Playing
@@ -91,7 +91,15 @@ class BlockMap(Player):
         if self._next_event > start:
             super().step()
         else:
+            self._unmark()
             self.message.value = t("blockmap.did_nothing", label=escape(label))
+
+    def _unmark(self) -> None:
+        """Take the marks of the last move off the figure."""
+        with self.figure.batch_update():
+            self.figure.data[OUTLINE].update(x=[], y=[])
+            self.figure.layout.shapes = []
+            self.figure.layout.annotations = self.figure.layout.annotations[:2]  # the headings, without the arrows
 
     @property
     def _next_event(self) -> int:
@@ -129,7 +137,8 @@ class BlockMap(Player):
         if not self.position:
             lost = self.replay.num_lost
             return progress + (t("blockmap.truncated", n=lost) if lost else
-                               t("blockmap.start") if self.slider.max else t("blockmap.no_events"))
+                               t("blockmap.start") if self.slider.max or not self.manager.num_used_blocks else
+                               t("blockmap.no_events"))
         events, state = self._move_events, self.state
         label = next((text for start, end, text in self._labels if start <= events[0].step < end), "")
         faults = state.unexplained() if self.position == self.slider.max else []
@@ -250,9 +259,9 @@ class BlockMap(Player):
         shown, total = len(self._shown_tables(state)), len(state.tables)
         heads = [
             (-1, t("blockmap.pool", n=self.manager.num_blocks, size=self.manager.block_size, free=num_free,
-                   cached=num_cached, held=self.manager.num_blocks - num_free)),
-            (self._tables_top - 1, t("blockmap.tables") if shown >= total else
-             t("blockmap.some_tables", n=shown, total=total))]
+                   cached=num_cached, held=self.manager.num_blocks - num_free) + self._note("pool_numbers")),
+            (self._tables_top - 1, (t("blockmap.tables") if shown >= total else
+             t("blockmap.some_tables", n=shown, total=total)) + self._note("table_numbers"))]
         pool_labels = {line: str(line * self.columns) for line in range(self._pool_lines)}
         ticks = {**_thinned(pool_labels), **labels}
         bottom = self._tables_top + self._table_lines - 0.4
@@ -260,6 +269,14 @@ class BlockMap(Player):
         layout.annotations = [_heading(y, text) for y, text in heads] + self._draw_arrows(state)
         layout.yaxis.update(tickvals=list(ticks), ticktext=list(ticks.values()), range=[bottom, -1.5])
         layout.height = round(self._line_px * (bottom + 1.5)) + layout.margin.t + layout.margin.b
+
+    def _note(self, name: str) -> str:
+        """What the numbers in the cells are, if they are shown."""
+        return f'  <span style="color:{FAINT}">{t(f"blockmap.{name}")}</span>' if self._has_numbers else ""
+
+    @property
+    def _has_numbers(self) -> bool:
+        return self.columns <= 32
 
     @property
     def _line_px(self) -> int:
@@ -271,23 +288,27 @@ class BlockMap(Player):
         cells = {
             "colorscale": scale, "zmin": -0.5, "zmax": len(COLOURS) - 0.5, "showscale": False, "xgap": gap,
             "ygap": gap, "hoverongaps": False, "hovertemplate": "%{hovertext}<extra></extra>",
-            "texttemplate": "%{text}" if self.columns <= 32 else "", "textfont": {"size": 11, "family": FONT}}
+            "texttemplate": "%{text}" if self._has_numbers else "", "textfont": {"size": 11, "family": FONT}}
         drawn = [
             go.Heatmap(**cells), go.Heatmap(**cells),
-            go.Scatter(mode="lines", name=t("blockmap.touched"), hoverinfo="skip",
-                       line={"color": TOUCHED, "width": 2.5}),
-            go.Scatter(mode="markers", name=t("blockmap.findable"), hoverinfo="skip",
+            go.Scatter(mode="lines", hoverinfo="skip", showlegend=False, line={"color": TOUCHED, "width": 2.5}),
+            go.Scatter(mode="markers", hoverinfo="skip", showlegend=False,
                        marker={"color": INK, "line": {"color": PAPER, "width": 1}})]
-        keys = [go.Scatter(x=[None], y=[None], mode="markers", name=t(f"blockmap.{name}"), hoverinfo="skip",
-                           marker={"symbol": "square", "size": 13, "color": colour,
-                                   "line": {"color": "#9ca3af", "width": 1}})
-                for name, colour in zip(LEGEND, COLOURS)]
+        keys = [go.Scatter(x=[None], y=[None], mode="lines", name=t("blockmap.touched"), hoverinfo="skip",
+                           line={"color": TOUCHED, "width": 2.5}),
+                go.Scatter(x=[None], y=[None], mode="markers", name=t("blockmap.findable"), hoverinfo="skip",
+                           marker={"color": INK, "size": 6})]
+        keys += [go.Scatter(x=[None], y=[None], mode="markers", name=t(f"blockmap.{name}"), hoverinfo="skip",
+                            marker={"symbol": "square", "size": 13, "color": colour,
+                                    "line": {"color": "#9ca3af", "width": 1}})
+                 for name, colour in zip(LEGEND, COLOURS)]
         figure = go.Figure(drawn + keys)
         figure.update_layout(
             autosize=True, paper_bgcolor=PAPER, plot_bgcolor=PAPER,
             font={"family": FONT, "size": 12, "color": INK},
             margin={"l": 70, "r": 14, "t": 6, "b": 44}, hoverlabel={"font_family": FONT, "align": "left"},
             legend={"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom", "x": 0,
+                    "xref": "container", "font_size": 11,
                     "itemclick": False, "itemdoubleclick": False},
             dragmode=False,
             xaxis={"range": [-1.2, self.columns - 0.4], "visible": False, "fixedrange": True},

@@ -10,23 +10,24 @@ from html import escape
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
+from nanopd.widgets.figure import Panel
 from nanopd.widgets.strings import t
 
 FONT = "system-ui, 'Segoe UI', 'Noto Sans', 'Noto Sans CJK SC', 'PingFang SC', 'Microsoft YaHei', sans-serif"
 INK, FAINT, PAPER = "#1f2937", "#6b7280", "#ffffff"  # a white card is legible in a dark page too
 
 
-class Player(widgets.VBox):
+class Player(Panel):
     """A figure that is played step by step: Back, Step, To the end, a slider, and a line of words.
 
     Every button is a method of the same name. What a callback raises is shown in the line, and raised.
     """
 
-    def __init__(self, figure: go.FigureWidget, css_class: str,
+    def __init__(self, figure: go.Figure, css_class: str,
                  extra: SequenceABC[widgets.Widget] = ()) -> None:
-        self.figure = figure
         self.message = widgets.HTML()
-        self.slider = widgets.IntSlider(min=0, max=0, layout=widgets.Layout(width="auto", flex="1 1 200px"))
+        self.slider = widgets.IntSlider(min=0, max=0, readout=False,
+                                        layout=widgets.Layout(width="auto", flex="1 1 200px", margin="0 16px 0 8px"))
         self.back_button = self._button("player.back", "arrow-left", "nanopd-back", self.back)
         self.step_button = self._button("player.step", "arrow-right", "nanopd-step", self.step)
         self.end_button = self._button("player.to_end", "fast-forward", "nanopd-end", self.to_end)
@@ -35,7 +36,7 @@ class Player(widgets.VBox):
         controls = widgets.HBox(
             [self.back_button, self.step_button, self.end_button, self.slider, *extra],
             layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
-        super().__init__([controls, self.message, self.figure])
+        super().__init__(figure, above=[controls, self.message])
         self.add_class(css_class)
 
     @property

@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import ipywidgets as widgets
 import plotly.graph_objects as go
 
+from nanopd.widgets.figure import Panel
 from nanopd.widgets.player import FAINT, FONT, INK, PAPER
 from nanopd.widgets.strings import t
 
@@ -38,7 +38,7 @@ class Point(NamedTuple):
         return self.flops / self.seconds
 
 
-class Roofline(widgets.VBox):
+class Roofline(Panel):
     """Arithmetic intensity against achieved FLOP/s, under the device's roof.
 
     Args:
@@ -55,8 +55,7 @@ class Roofline(widgets.VBox):
         self.peak_flops = peak_flops
         self.bandwidth = bandwidth
         self.points: list[Point] = []
-        self.figure = go.FigureWidget(self._bare_figure())
-        super().__init__([self.figure])
+        super().__init__(self._bare_figure())
         self.add_class("nanopd-roofline")
         self._add([Point(*point) for point in points])
 

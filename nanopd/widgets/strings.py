@@ -23,9 +23,9 @@ STRINGS: dict[str, tuple[str, str]] = {
         "预测 {id} 记下了。接着运行，看看猜得准不准。",
     ),
     "predict.nudge": (
-        "Prediction {id}: no guess yet for {names}. Put a number in place of `...` before you run on. "
+        "Prediction {id}: no guess yet for {names}.\nPut a number in place of `...` before you run on. "
         "A wrong guess teaches more than none.",
-        "预测 {id}：{names} 还没有猜。往下运行之前，先把 `...` 换成一个数吧——猜错了，也比没猜学到的多。",
+        "预测 {id}：{names} 还没有猜。\n往下运行之前，先把 `...` 换成一个数吧——猜错了，也比没猜学到的多。",
     ),
     "predict.list_separator": (", ", "、"),
     "predict.title": ("Prediction {id}", "预测 {id}"),
@@ -78,6 +78,8 @@ STRINGS: dict[str, tuple[str, str]] = {
     ),
     "blockmap.tables": ("<b>Block tables</b>", "<b>块表</b>"),
     "blockmap.some_tables": ("<b>Block tables</b>  {n} of {total}", "<b>块表</b>  共 {total} 张，显示 {n} 张"),
+    "blockmap.pool_numbers": ("(in a cell: its reference count)", "（格中数字：引用计数）"),
+    "blockmap.table_numbers": ("(in a cell: the block's number)", "（格中数字：块号）"),
     "blockmap.touched": ("this step", "这一步"),
     "blockmap.findable": ("found by hash", "可按哈希找到"),
     "blockmap.free": ("free", "空闲"),
@@ -85,7 +87,7 @@ STRINGS: dict[str, tuple[str, str]] = {
     "blockmap.held_1": ("held ×1", "引用 ×1"),
     "blockmap.held_2": ("×2", "×2"),
     "blockmap.held_3": ("×3", "×3"),
-    "blockmap.held_4": ("×4 and up", "×4 及以上"),
+    "blockmap.held_4": ("×4+", "×4+"),
     "blockmap.leased": ("leased", "已租出"),
     "blockmap.block": ("block {block}", "块 {block}"),
     "blockmap.sequence": ("seq {seq}", "序列 {seq}"),

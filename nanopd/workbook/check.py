@@ -88,12 +88,12 @@ class CheckResult:
 
     def _repr_html_(self) -> str:
         colour = "#2e7d32" if self.passed else "#b26a00"  # green; amber rather than red: it is an exercise
-        items = "".join(f"<li><code>{names}</code><pre style='margin:.2em 0;white-space:pre-wrap'>"
-                        f"{html.escape(message)}</pre></li>" for message, names in self._by_message().items())
-        hint = f"<div>{html.escape(t('check.hint', hint=self.hint))}</div>" if self.hint else ""
+        items = "".join(f"<li><pre style='margin:.2em 0;white-space:pre-wrap'>{html.escape(message)}</pre>"
+                        f"<code style='opacity:.6'>{html.escape(names)}</code></li>" for message, names in self._by_message().items())
+        hint = f"<div>{_marked_up(t('check.hint', hint=self.hint))}</div>" if self.hint else ""
         body = (f"<ul style='margin:.3em 0'>{items}</ul>" if items else "") + hint
         return (f"<div class='nanopd-check' style='border-left:4px solid {colour};padding:.3em .8em'>"
-                f"<b style='color:{colour}'>{self._mark}</b> {html.escape(self.headline)}{body}</div>")
+                f"<b style='color:{colour}'>{self._mark}</b> {_marked_up(self.headline)}{body}</div>")
 
     @property
     def _mark(self) -> str:
@@ -105,6 +105,11 @@ class CheckResult:
         for failure in self.failures:
             names.setdefault(failure.message, []).append(failure.check)
         return {message: ", ".join(checks) for message, checks in names.items()}
+
+
+def _marked_up(text: str) -> str:
+    """As HTML, with what stands in backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 _registry: dict[str, dict[str, Check]] = {}  # exercise id -> check function's name -> check

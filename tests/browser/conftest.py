@@ -5,7 +5,8 @@ A test takes `open_notebook` (chapters) or `write_notebook` (its own) and gets a
     def test_it(open_notebook):
         notebook = open_notebook("solutions/zh/01_block_manager.ipynb")
         notebook.run_all()
-        notebook.press_and_see_change(".nanopd-step")
+        panel = notebook.panel("widgets.BlockMap(small")
+        notebook.press_and_see_change(panel)
         notebook.assert_quiet()
 
 Screenshots go to the folder NANOPD_SCREENSHOTS, or to pytest's temporary one.
@@ -37,13 +38,13 @@ import nanopd
 from nanopd.workbook import builder
 
 LOCAL_HOSTS = {"127.0.0.1", "localhost"}
-START_SECONDS, RUN_SECONDS, WIDGET_SECONDS = 90, 240, 30
+START_SECONDS, RUN_SECONDS, WIDGET_SECONDS = 90, 240, 60  # for a machine that has much else to do
 QUIET_SETTINGS = {  # JupyterLab asks jupyter.org for news and updates unless told not to
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 # The picture as plotly holds it: what is drawn, not how.
-FIGURE = """button => {
-    const plot = (button.closest('.jp-OutputArea') || document).querySelector('.js-plotly-plot');
+FIGURE = """panel => {
+    const plot = panel.querySelector('.js-plotly-plot');
     if (!plot?.data) return '';
     const {shapes, annotations, title} = plot.layout;
     return JSON.stringify([plot.data, shapes, annotations, title]);
@@ -59,6 +60,16 @@ FINISHED = """() => {
     if (error) return [`${error.ename}: ${error.evalue}`];
     const done = cells.every(cell => cell.execution_count !== null || !cell.source.length);
     return done && sessionContext.session.kernel.status === 'idle' ? [null] : null;
+}"""
+# The cell whose code holds a text. Lab keeps cells that are out of sight out of the page, so it is scrolled there.
+CELL = """async text => {
+    const {content} = jupyterapp.shell.currentWidget;
+    const index = [...content.model.cells].findIndex(
+        cell => cell.type === 'code' && cell.sharedModel.getSource().includes(text));
+    if (index < 0) throw new Error('no cell with ' + text);
+    content.activeCellIndex = index;
+    await content.scrollToItem(index, 'start');
+    return content.widgets[index].node;
 }"""
 STOP_KERNELS = """async () => {
     const headers = {'X-XSRFToken': (document.cookie.match(/_xsrf=([^;]*)/) || [])[1] || ''};
@@ -88,35 +99,43 @@ class OpenNotebook:
         page.on("request", lambda request: self._note_request(request.url))
         page.on("websocket", lambda socket: self._note_request(socket.url))
         page.goto(f"{lab.url}/lab/tree/{path}?reset", wait_until="domcontentloaded")
-        self._wait_until(lambda: page.evaluate(IDLE), "the kernel is not idle", START_SECONDS)
+        self.wait_until(lambda: page.evaluate(IDLE), "the kernel is not idle", START_SECONDS)
 
     def run_all(self) -> None:
         """Run All Cells from the menu, and wait for the last. Fails with the first error, unless the cell is tagged for it."""
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_text("Run All Cells", exact=True).click()
-        errors = self._wait_until(lambda: self.page.evaluate(FINISHED), "the cells did not finish", RUN_SECONDS)
+        errors = self.wait_until(lambda: self.page.evaluate(FINISHED), "the cells did not finish", RUN_SECONDS)
         assert errors == [None], errors[0]
 
-    def figure_beside(self, control: Any) -> str:
-        """The first figure of the output that holds `control`, as text; empty while there is none."""
-        return control.evaluate(FIGURE)
+    def panel(self, code: str) -> Any:
+        """The first cell whose code holds this text, once its output has a figure: the very element, wherever the
+        page is scrolled to."""
+        cell = self.page.evaluate_handle(CELL, code).as_element()
+        self.wait_until(lambda: self.figure_of(cell), f"no figure in the cell with {code}")
+        return cell
 
-    def press_and_see_change(self, selector: str = ".nanopd-step") -> tuple[str, str]:
-        """Press the first button under `selector` and wait until the figure in the same output is another one."""
-        button = self.page.locator(selector).first
-        return self._act_and_see_change(button, button.click)
+    def figure_of(self, panel: Any) -> str:
+        """The panel's figure as text; empty while there is none."""
+        return panel.evaluate(FIGURE)
 
-    def slide_and_see_change(self, selector: str = ".noUi-handle") -> tuple[str, str]:
-        """Move the first slider by one step of the keyboard, and wait as above."""
-        handle = self.page.locator(selector).first
-        return self._act_and_see_change(handle, lambda: handle.press("ArrowRight"))
+    def press_and_see_change(self, panel: Any, selector: str = ".nanopd-step") -> tuple[str, str]:
+        """Press the panel's first button under `selector` and wait until its figure is another one."""
+        return self._act_and_see_change(panel, selector, lambda button, time: button.click(timeout=time))
 
-    def _act_and_see_change(self, control: Any, act: Callable[[], None]) -> tuple[str, str]:
-        control.scroll_into_view_if_needed(timeout=WIDGET_SECONDS * 1000)
-        before = self._wait_until(lambda: self.figure_beside(control), "no figure beside the control")
-        act()
-        self._wait_until(lambda: self.figure_beside(control) not in ("", before), "the figure did not change")
-        return before, self.figure_beside(control)
+    def slide_and_see_change(self, panel: Any, key: str = "ArrowRight") -> tuple[str, str]:
+        """Move the panel's first slider by one step of the keyboard, and wait as above."""
+        return self._act_and_see_change(panel, ".noUi-handle", lambda handle, time: handle.press(key, timeout=time))
+
+    def _act_and_see_change(self, panel: Any, selector: str, act: Callable[[Any, float], None]) -> tuple[str, str]:
+        before, time = self.figure_of(panel), WIDGET_SECONDS * 1000
+        act(panel.wait_for_selector(selector, timeout=time), time)
+        self.wait_until(lambda: self.figure_of(panel) not in ("", before),
+                         lambda: f"{selector} did not change the figure; the panel says {self._said_by(panel)!r}")
+        return before, self.figure_of(panel)
+
+    def _said_by(self, panel: Any) -> list[str]:
+        return [line.inner_text() for line in panel.query_selector_all(".widget-html-content")]
 
     def text(self) -> str:
         return self.page.locator(".jp-NotebookPanel").inner_text()
@@ -133,17 +152,19 @@ class OpenNotebook:
 
     def close(self) -> None:
         self.page.evaluate(STOP_KERNELS)
-        self.page.context.close()
+        self.page.close()
 
     def _note_request(self, url: str) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("blob", "data") and parts.hostname not in LOCAL_HOSTS:
             self.foreign_requests.append(url)
 
-    def _wait_until(self, condition: Callable[[], Any], complaint: str, seconds: float = WIDGET_SECONDS) -> Any:
+    def wait_until(self, condition: Callable[[], Any], complaint: str | Callable[[], str],
+                    seconds: float = WIDGET_SECONDS) -> Any:
         deadline = time.monotonic() + seconds
         while not (value := condition()):
-            assert time.monotonic() < deadline, f"{complaint} within {seconds} s"
+            if time.monotonic() > deadline:
+                pytest.fail(f"{complaint if isinstance(complaint, str) else complaint()} (within {seconds} s)")
             self.page.wait_for_timeout(100)  # lets the page work, which time.sleep would not
         return value
 
@@ -161,7 +182,7 @@ def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=executable, args=[
             "--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        yield chromium
+        yield chromium.new_context(viewport={"width": 1280, "height": 900})  # one: JupyterLab's code is cached
         chromium.close()
 
 
@@ -195,7 +216,7 @@ def open_notebook(lab: Lab, browser: Any, tmp_path: Path) -> Iterator[Callable[.
     screenshots.mkdir(parents=True, exist_ok=True)
 
     def open_it(path: str) -> OpenNotebook:
-        page = browser.new_page(viewport={"width": 1280, "height": 1600})
+        page = browser.new_page()
         opened.append(OpenNotebook(page, lab, path, screenshots))
         return opened[-1]
 

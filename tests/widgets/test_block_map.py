@@ -268,6 +268,7 @@ def test_the_section_on_forks_played_step_by_step():
     assert not panel.step_button.disabled
     panel.step()
     assert "No block changed hands" in panel.message.value and panel.step_button.disabled
+    assert not panel.figure.data[OUTLINE].x and not panel.figure.layout.shapes
     assert (manager.num_used_blocks, panel.state.ref_counts[62]) == (66, 1)
     panel.back()
     assert panel.state.ref_counts[62:66] == [2, 1, 1, 0]
@@ -379,3 +380,21 @@ def test_the_snapshot_is_static_and_says_what_it_shows():
     assert type(figure).__name__ == "Figure" and "forked" in figure.layout.title.text
     panel.step()
     assert figure.data[POOL].text[0][0] == "2"
+
+
+def test_the_figure_explains_its_numbers_and_its_legend_stays():
+    manager, answers = prompt_with_forks()
+    panel = BlockMap(manager, watch=answers)
+    pool, tables = (note.text for note in panel.figure.layout.annotations[:2])
+    assert "its reference count" in pool and "the block's number" in tables
+    named = [trace.name for trace in panel.figure.data if trace.showlegend is not False and trace.name]
+    assert named[:3] == ["this step", "found by hash", "free"]
+    for trace in panel.figure.data:  # plotly leaves a trace without a point out of the legend
+        assert trace.showlegend is False or trace.type == "heatmap" or list(trace.x) == [None]
+    large = BlockMap(BlockSpaceManager(5000))
+    assert "reference count" not in large.figure.layout.annotations[0].text
+
+
+def test_a_live_manager_that_has_done_nothing_yet_has_all_blocks_free():
+    panel = BlockMap(BlockSpaceManager(8), actions=[("nothing", lambda: None)])
+    assert "every block is free" in panel.message.value
