@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TokenEvent,
     )
     from nanopd.llm import LLM, Cluster
+    from nanopd.models.resolve import ModelError
     from nanopd.workbook.check import check
     from nanopd.workbook.predict import predict
 
@@ -41,6 +42,7 @@ __all__ = [
     "ConfigError",
     "FinishReason",
     "InvalidRequest",
+    "ModelError",
     "Request",
     "RequestMetrics",
     "RequestOutput",
@@ -59,6 +61,7 @@ _HOMES = {
         "RequestOutput", "SamplingParams", "TokenEvent",
     ),
     "nanopd.llm": ("LLM", "Cluster"),
+    "nanopd.models.resolve": ("ModelError",),
     "nanopd.workbook.check": ("check",),
     "nanopd.workbook.predict": ("predict",),
 }

@@ -22,8 +22,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-Model = Annotated[str, typer.Option(help="'tiny' (embedded), a local directory, or a Hugging Face name; a preset's name "
-                                         "with --load-format dummy.")]
+Model = Annotated[str, typer.Option(help="'tiny' (embedded), a local directory, or a Hugging Face name.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU if there is one.")]
 
 
@@ -89,7 +88,6 @@ def generate(
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32 on a CPU, the "
                                                    "checkpoint's on a GPU.")] = None,
-    load_format: Annotated[str, typer.Option(help="auto reads the weights; dummy makes random ones.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(min=2, help="Longest prompt and answer together, in tokens.")] = None,
 ) -> None:
     """Answer prompts. One is printed as it is written; several are answered together, one after the other."""
@@ -98,7 +96,7 @@ def generate(
 
         texts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens)
-        llm = LLM(model, device=device, dtype=dtype, load_format=load_format, max_model_len=max_model_len)
+        llm = LLM(model, device=device, dtype=dtype, max_model_len=max_model_len)
         if len(texts) == 1 and not chat:
             _print_stream(llm, texts[0], params)
         else:

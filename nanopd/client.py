@@ -8,14 +8,18 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanopd.core import BeamSearchParams, InvalidRequest, Request, RequestOutput, SamplingParams, TokenEvent
 from nanopd.engine.limits import Limits
 from nanopd.engine.output import OutputProcessor
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Prompt = str | dict[str, Any]
 Messages = list[dict[str, str]]
+MESSAGE_FORM = '{"role": "user", "content": "..."}'
 
 
 class Stream:
@@ -71,8 +75,14 @@ class Client(ABC):
         return self._submit(self._make_request(prompt, sampling_params or SamplingParams()))
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """The answer's events as they are drawn. Leaving the loop early cancels the request."""
-        stream = self.submit(prompt, sampling_params)
+        """The answer's events as they are drawn. Leaving the loop early cancels the request.
+
+        Raises InvalidRequest if it can't be served, and says why.
+        """
+        return self._events_of(self.submit(prompt, sampling_params))
+
+    @staticmethod
+    def _events_of(stream: Stream) -> Iterator[TokenEvent]:
         try:
             yield from stream
         finally:
@@ -96,6 +106,18 @@ class Client(ABC):
     @property
     def has_work(self) -> bool:
         return bool(self._streams)
+
+    def shutdown(self) -> None:
+        """Cancel what is open and give the memory back."""
+        for request_id in list(self._streams):
+            self.cancel(request_id)
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
 
     # ----------------------------------------------------------------------------------- many at a time
 
@@ -122,7 +144,9 @@ class Client(ABC):
     ) -> list[RequestOutput]:
         """Answer conversations, each a list of {"role": ..., "content": ...}, through the model's chat template."""
         if not messages:
-            raise InvalidRequest("messages is empty: give at least one {'role': 'user', 'content': ...}")
+            raise InvalidRequest(f"messages is empty: give at least one {MESSAGE_FORM}")
+        if not isinstance(messages, list):
+            raise InvalidRequest(f"messages must be a list of {MESSAGE_FORM}; got {messages!r:.80}")
         conversations = messages if isinstance(messages[0], list) else [messages]
         prompts: list[Prompt] = [self._apply_chat_template(conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
@@ -160,6 +184,9 @@ class Client(ABC):
     @abstractmethod
     def limits(self) -> Limits:
         """What a request has to keep to."""
+
+    @abstractmethod
+    def _release(self) -> None: ...
 
     @abstractmethod
     def _start(self, request: Request) -> None: ...
@@ -208,14 +235,23 @@ class Client(ABC):
                                  f"got {type(prompt).__name__}: {prompt!r:.80}")
         if self.tokenizer is None:
             raise InvalidRequest('this model has no tokenizer: give the prompt as {"prompt_token_ids": [...]}')
-        return text, self.tokenizer(text)["input_ids"]
+        return text, self._token_ids(text)
+
+    def _token_ids(self, text: str, **options: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the prompt is not valid Unicode text: {error}") from error
+        return self.tokenizer(text, **options)["input_ids"]
 
     def _apply_chat_template(self, messages: Messages) -> Prompt:
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise InvalidRequest("this model has no chat template: use generate() with a plain prompt")
+        for message in messages or [None]:
+            if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise InvalidRequest(f"a conversation is a list of {MESSAGE_FORM}; got {message!r:.80}")
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        token_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return {"prompt": text, "prompt_token_ids": token_ids}
+        return {"prompt": text, "prompt_token_ids": self._token_ids(text, add_special_tokens=False)}
 
 
 def _one_for_each(params: SamplingParams | list[SamplingParams] | None, number: int) -> list[SamplingParams]:

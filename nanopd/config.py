@@ -112,6 +112,7 @@ class Topology:
     @classmethod
     def parse(cls, text: str) -> Topology:
         """Raises ConfigError where a part is not ROLE:DEVICE or no part is given."""
+        _require(isinstance(text, str), f"a topology is a text such as 'C:0' or 'P:cpu D:cpu', got {text!r}")
         placements = []
         for part in text.split():
             match = re.fullmatch(r"([A-Za-z]+):(cpu|\d+)", part)

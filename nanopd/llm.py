@@ -16,7 +16,7 @@ from nanopd.engine.factory import EngineOptions, build_engine, give_back_memory
 from nanopd.engine.limits import Limits
 from nanopd.models.decoder import Decoder
 from nanopd.models.loader import load_model, load_tokenizer
-from nanopd.router.central_scheduler import CentralScheduler, Timeline
+from nanopd.router.central_scheduler import TIMELINES_KEPT, CentralScheduler, Timeline
 from nanopd.workers.executors import InlineExecutor
 from nanopd.workers.transfer import LocalTransport
 from nanopd.workers.worker import Worker
@@ -38,8 +38,14 @@ class LLM(Client):
         torch_device = _resolve_device(device)
         decoder, _ = load_model(model, device=torch_device, dtype=dtype, load_format=load_format, seed=seed)
         super().__init__(load_tokenizer(model), seed)
-        self.engine: Engine = build_engine(decoder, torch_device, engine_options)
+        self._engine: Engine | None = build_engine(decoder, torch_device, engine_options)
         self.device = torch_device
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("this LLM has been shut down: make a new one")
+        return self._engine
 
     @property
     def spec(self) -> ModelSpec:
@@ -48,6 +54,10 @@ class LLM(Client):
     @property
     def limits(self) -> Limits:
         return self.engine.limits
+
+    def _release(self) -> None:
+        self._engine = None
+        give_back_memory()
 
     def _start(self, request: Request) -> None:
         self.engine.add(request)
@@ -115,21 +125,13 @@ class Cluster(Client):
 
     def timeline(self, request_id: str) -> Timeline:
         """The request's path through the workers, and when it got where."""
+        if request_id not in self._central.timelines:
+            raise KeyError(f"no request {request_id!r}; timelines are kept of the last {TIMELINES_KEPT} requests")
         return self._central.timelines[request_id]
 
-    def shutdown(self) -> None:
-        """Cancel what is open and give the memory back."""
-        for request_id in list(self._streams):
-            self.cancel(request_id)
-        self._executor.poll()
+    def _release(self) -> None:
         self._executor.workers.clear()
         give_back_memory()
-
-    def __enter__(self) -> Cluster:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.shutdown()
 
     def _start(self, request: Request) -> None:
         if not self.workers:

@@ -103,7 +103,6 @@ class Refused:
     """No room for the prompt now: backpressure."""
 
     request_id: str
-    free_blocks: int
 
 
 @dataclass(frozen=True)

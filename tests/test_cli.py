@@ -137,12 +137,12 @@ def test_generate_with_random_weights_of_a_preset_s_shape_is_accepted_and_passed
 
     monkeypatch.setattr(nanopd.llm, "LLM", FakeLLM)
     monkeypatch.setattr(nanopd, "LLM", FakeLLM, raising=False)
-    result = run("generate", "x", "--model", "qwen3-0.6b", "--load-format", "dummy", "--dtype", "bfloat16", "--temperature", 0.7,
+    result = run("generate", "x", "--model", "qwen3-0.6b", "--dtype", "bfloat16", "--temperature", 0.7,
                  "--top-k", 5, "--top-p", 0.9, "--seed", 3, "--max-model-len", 512, "--max-tokens", 8)
     assert (result.exit_code, result.output) == (0, "hello\n")
     params = seen.pop("params")
     assert params == nanopd.SamplingParams(temperature=0.7, top_k=5, top_p=0.9, seed=3, max_tokens=8)
-    assert seen == {"model": "qwen3-0.6b", "device": None, "dtype": "bfloat16", "load_format": "dummy", "max_model_len": 512}
+    assert seen == {"model": "qwen3-0.6b", "device": None, "dtype": "bfloat16", "max_model_len": 512}
 
 
 @pytest.mark.parametrize("args, says", [
@@ -150,7 +150,6 @@ def test_generate_with_random_weights_of_a_preset_s_shape_is_accepted_and_passed
     (("--model", "no-such-model"), "no-such-model"),
     (("--device", "tpu"), "tpu"),
     (("--dtype", "int3"), "int3"),
-    (("--load-format", "pickle"), "pickle"),
     (("--max-model-len", "2"), "prompt has"),
 ])
 def test_generate_says_what_was_wrong_in_a_line(args, says):

@@ -118,8 +118,9 @@ class BeamSearch:
                 self.manager.fork(candidate.parent, beam)
             taken.add(beam.seq_id)
             beams.append(beam)
-        for beam, candidate in zip(beams, survivors, strict=True):  # only now: a fork copies its parent's tokens
-            beam.append_token(candidate.token_id, candidate.logprob)
+        for index, (beam, candidate) in enumerate(zip(beams, survivors, strict=True)):
+            beam.append_token(candidate.token_id, candidate.logprob)  # only now: a fork copies its parent's tokens
+            beam.index = index  # its rank, for the batch timeline
         self.group.sequences = beams
 
     def _drop(self, beam: Sequence) -> None:

@@ -16,7 +16,7 @@ from nanopd.engine.runner import ModelRunner
 from nanopd.engine.scheduler import Scheduler
 from nanopd.models.decoder import Decoder
 
-CPU_CACHE_BYTES = 256 * 2**20
+CPU_CACHE_BYTES = 2**30  # for each engine; taken up only as blocks are written
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class EngineOptions:
     watermark: float = 0.01
 
     def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "prefill_chunk_size", "block_size",
+                     "num_gpu_blocks_override"):
+            value = getattr(self, name)
+            if type(value) is not int and (value is not None or name in ("max_num_seqs", "max_num_batched_tokens", "block_size")):
+                raise ConfigError(f"{name} must be an integer, got {value!r}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.max_model_len is not None and self.max_model_len < 2:
@@ -53,13 +58,22 @@ def build_engine(model: Decoder, device: torch.device, options: EngineOptions, c
     if num_blocks is None:
         num_blocks = _num_blocks(spec, dtype, device, max_model_len, options, cache_share)
     cache_config = CacheConfig(num_blocks, options.block_size, options.enable_prefix_caching, options.watermark)
-    cache = KVCache(spec, cache_config.num_blocks, cache_config.block_size, device, dtype)
+    cache = _allocate(spec, cache_config, device, dtype)
     manager = BlockSpaceManager.from_config(cache_config)
     scheduler_config = SchedulerConfig(
         options.max_num_seqs, options.max_num_batched_tokens, options.prefill_chunk_size, max_model_len)
     limits = Limits(spec.vocab_size, max_model_len, num_blocks, options.block_size, options.max_num_seqs)
     runner = ModelRunner(model, cache, spec.eos_token_ids)
     return Engine(runner, Scheduler(scheduler_config, manager, spec.eos_token_ids), limits)
+
+
+def _allocate(spec: ModelSpec, config: CacheConfig, device: torch.device, dtype: torch.dtype) -> KVCache:
+    try:
+        return KVCache(spec, config.num_blocks, config.block_size, device, dtype)
+    except RuntimeError as error:  # torch has no type of its own for a CPU that is out of memory
+        size = spec.kv_bytes_per_token(dtype.itemsize) * config.block_size * config.num_blocks / 2**30
+        raise ConfigError(f"no room for a KV cache of {config.num_blocks} blocks, {size:.1f} GiB, on {device}: "
+                          "ask for fewer with num_gpu_blocks_override") from error
 
 
 def give_back_memory() -> None:
@@ -87,7 +101,7 @@ def _num_blocks(spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_m
     one_sequence = -(-max_model_len // options.block_size)
     most = options.max_num_seqs * one_sequence
     if device.type != "cuda":
-        return max(min(CPU_CACHE_BYTES // block_bytes, most), one_sequence)
+        return max(1, min(CPU_CACHE_BYTES // block_bytes, most))
     give_back_memory()  # an engine that is gone may still hold some
     free, total = torch.cuda.mem_get_info(device)
     room = int((free - total * (1 - options.gpu_memory_utilization)) * cache_share)

@@ -60,7 +60,8 @@ class Answer:
         text = ""
         if event.token_id is not None:
             self._add_token(event)
-            text = self._stream.push(event.token_id) if self._stream else ""
+            if self._stream and event.finish_reason is not FinishReason.STOP:  # what stops an answer is no part of its text
+                text = self._stream.push(event.token_id)
         if event.finish_reason is not None and self._stream:
             text += self._stream.flush()
         text = self._held + text

@@ -117,6 +117,8 @@ def _spec(config: Any, raw: dict[str, Any], eos_token_ids: tuple[int, ...]) -> M
     if head_dim is None:
         head_dim = config.hidden_size // max(config.num_attention_heads, 1)
     _check_sizes(config, head_dim)
+    if any(not 0 <= token < config.vocab_size for token in eos_token_ids):
+        raise ModelError(f"eos_token_id {list(eos_token_ids)} is out of range: the vocabulary has {config.vocab_size} tokens")
     rope_theta, rope_scaling, max_position = _rope(config)
     return ModelSpec(
         architecture=architecture,

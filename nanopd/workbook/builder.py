@@ -33,6 +33,8 @@ from nanopd.workbook.source import (
 )
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+_STOPS, _CJK = "\u3000-\u303f\uff00-\uffef—…”’", "\u4e00-\u9fff"
+LINE_BREAK_IN_CHINESE = re.compile(rf"(?<=[{_STOPS}{_CJK}])\n(?=[“‘（{_STOPS}{_CJK}])|(?<=[{_STOPS}])\n(?=[A-Za-z`])")
 
 
 def build(cells: list[Cell], lang: str, solved: bool) -> str:
@@ -48,6 +50,8 @@ def build(cells: list[Cell], lang: str, solved: bool) -> str:
         cell_id = cell.nbgrader.get("grade_id") or f"{cell.kind}-{english}"
         ids[cell_id] += 1
         source = cell.source if solved or cell.kind == "markdown" else hide_tests(clear_solutions(cell.source))
+        if cell.lang == "zh":
+            source = LINE_BREAK_IN_CHINESE.sub("", source)  # Markdown would show it as a space
         new = nbformat.v4.new_code_cell if cell.kind == "code" else nbformat.v4.new_markdown_cell
         metadata = {key: value for key, value in cell.metadata.items() if key not in ("lang", "en_hash")}
         unique = cell_id if ids[cell_id] == 1 else f"{cell_id}-{ids[cell_id]}"

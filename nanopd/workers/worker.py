@@ -80,7 +80,7 @@ class Worker:
         request = message.request
         lease = self.manager.grant_lease(request.prompt_token_ids) if self._has_seats(request) else None
         if lease is None:
-            self.outbox.append(Refused(request.request_id, self.manager.num_free_blocks))
+            self.outbox.append(Refused(request.request_id))
             return
         self._leases[lease.lease_id] = (lease, request)
         destination = Destination(self.worker_id, lease.lease_id, list(lease.block_ids), lease.num_cached)

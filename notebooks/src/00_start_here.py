@@ -29,13 +29,13 @@
 #
 # ## 0.1 这台机器能跑什么？
 #
-# doctor 会检查这台机器，告诉你 nanoPD 在上面能做什么，做不了的又该怎么补。黄色的行不是障碍：没有 GPU，每一章也都走得通。
+# doctor 会检查这台机器，告诉你 nanoPD 在上面能做什么，做不了的又该怎么补。黄色的行不是障碍：没有 GPU，每一章也都走得通。（它的输出是英文，和命令行里的 `nanopd doctor` 一样。）
 
 # %%
-from rich import print as show
+from rich.console import Console
 from nanopd import doctor
 
-show(doctor.render(doctor.examine()))
+Console(width=92).print(doctor.render(doctor.examine()))
 
 # %% [markdown] lang="en"
 # Now meet the model. It knows a few kinds of question, in English and Chinese, and nothing else. It is small, but it
@@ -84,7 +84,8 @@ def measure(prompt_len: int, num_written: int = 12) -> tuple[float, float]:
     """Seconds of the step that reads the prompt, and of a typical step that writes a token."""
     prompt = {"prompt_token_ids": [100 + i % 500 for i in range(prompt_len)]}
     first = llm.engine.num_steps
-    llm.generate(prompt, SamplingParams(temperature=0, max_tokens=num_written, ignore_eos=True), use_tqdm=False)
+    params = SamplingParams(temperature=0, max_tokens=num_written, ignore_eos=True)
+    llm.generate(prompt, params, use_tqdm=False)
     steps = [record.duration for record in llm.engine.history if record.step >= first]
     return steps[0], statistics.median(steps[1:])
 
@@ -190,14 +191,15 @@ memory = torch.randn(2**28 if llm.device.type == "cuda" else 2**25, device=llm.d
 copy = torch.empty_like(memory)
 peak_flops = 2 * side**3 / best_seconds(lambda: matrix @ matrix)
 bandwidth = 2 * memory.nbytes / best_seconds(lambda: copy.copy_(memory))  # read and written
-print(f"{peak_flops / 1e9:,.0f} GFLOP/s, {bandwidth / 1e9:,.0f} GB/s: ridge at {peak_flops / bandwidth:.0f} FLOP a byte")
+print(f"{peak_flops / 1e9:,.0f} GFLOP/s, {bandwidth / 1e9:,.0f} GB/s,",
+      f"ridge at {peak_flops / bandwidth:.0f} FLOP a byte")
 
 # %%
 num_params = sum(p.numel() for p in llm.engine.runner.model.parameters())
 weights = num_params * dtype.itemsize
 read, write = measure(1024)
-points = [("decode, 1 token", 2 * num_params, weights, write),
-          ("prefill, 1,024 tokens", 2 * num_params * 1024, weights, read)]
+points = [("decode × 1", 2 * num_params, weights, write),
+          ("prefill × 1,024", 2 * num_params * 1024, weights, read)]
 widgets.Roofline(peak_flops, bandwidth, points)
 
 # %% [markdown] lang="en"
@@ -217,7 +219,7 @@ from nanopd.models.loader import load_spec
 spec = load_spec("qwen3-8b")  # its shape; no weights are fetched
 billions, datasheet = 8.19, {"RTX 4090": 1008e9, "H100 SXM": 3350e9, "H200": 4800e9}  # bytes/s
 for name, rate in datasheet.items():
-    print(f"{name:>9}: one token of Qwen3-8B can't be written in less than {billions * 1e9 * 2 / rate * 1e3:.1f} ms")
+    print(f"{name:>9}: a token of Qwen3-8B takes {billions * 1e9 * 2 / rate * 1e3:.1f} ms at the least")
 
 # %% [markdown] lang="en"
 # ## 0.4 In each other's way
@@ -341,7 +343,7 @@ nanopd.check("00.5", kv_bytes)
 link = 25e9  # bytes a second
 for length in (512, 2048, 8192):
     travelling = spec.kv_bytes_per_token(2) * length
-    print(f"{length:>6,} tokens of Qwen3-8B: {travelling / 1e6:>7,.0f} MB, {travelling / link * 1e3:>6.1f} ms on the way")
+    print(f"{length:>6,} tokens: {travelling / 1e6:>7,.0f} MB, {travelling / link * 1e3:>6.1f} ms on the way")
 
 # %% [markdown] lang="en"
 # Now both pipelines on the same prompts. Collocated, one worker does everything. Disaggregated, P0 reads and D0 writes,
@@ -416,7 +418,7 @@ def swap(first: int, asked: int) -> list[tuple[int, int]]:
 def lose(first: int, asked: int) -> list[tuple[int, int]]:
     return [(first, asked)]
 
-cluster = Cluster("tiny", topology=f"P:{here} D:{here}", mode="disaggregated", dtype="float32", enable_prefix_caching=False)
+cluster = Cluster("tiny", f"P:{here} D:{here}", "disaggregated", dtype="float32", enable_prefix_caching=False)
 questions = [recall_prompt(seed, 480, "en") for seed in range(60, 68)]
 guess.reveal(right_after_swap=sum(ask(question, swap) for question in questions),
              right_after_loss=sum(ask(question, lose) for question in questions))

@@ -292,8 +292,8 @@ def read_prompt() -> None:
     family[0].num_computed = 10  # two and a half blocks
 
 actions = [("allocate", read_prompt)]
-actions += [(f"fork {i}", lambda i=i: small.fork(family[0], family[i])) for i in (1, 2, 3)]
-actions += [(f"write {i}", lambda i=i: small.append_slot(family[i])) for i in range(4)]
+actions += [(f"fork {family[i].seq_id}", lambda i=i: small.fork(family[0], family[i])) for i in (1, 2, 3)]
+actions += [(f"write {family[i].seq_id}", lambda i=i: small.append_slot(family[i])) for i in range(4)]
 widgets.BlockMap(small, watch=family, actions=actions)
 
 # %% [markdown] lang="en"
@@ -542,10 +542,11 @@ guess.reveal(right_answers=answers.count(ben.answer), faults=0)  # check() has r
 # %%
 events = [event for event in manager.events if event.step > since]
 leader = next(event.seq_id for event in events if event.kind == "allocate")
-family = [leader] + [event.seq_id for event in events if event.kind == "fork"]
+askers = [leader] + [event.seq_id for event in events if event.kind == "fork"]
 copied = {event.seq_id: (event.block, event.other) for event in events if event.kind == "copy"}
-print("first question's copies:", [(e.block, e.other) for e in manager.events if e.kind == "copy" and e.step <= since])
-for index, seq_id in enumerate(family):
+earlier = [event for event in manager.events if event.step <= since and event.kind == "copy"]
+print("first question's copies:", [(event.block, event.other) for event in earlier])
+for index, seq_id in enumerate(askers):
     print(f"answer {index}: {answers[index]}  copy it was owed: {copied.get(seq_id)}")
 widgets.BlockMap(manager)
 
@@ -562,10 +563,12 @@ widgets.BlockMap(manager)
 # which block, not what is *in* it.
 # </details>
 #
-# How long could this hide? The prompt has 188 tokens: we try the same bug with other block sizes. And what would have
+# ### How long could this hide?
+#
+# The prompt has 188 tokens: we try the same bug with other block sizes. And what would have
 # shown it? **Poison**: fill all blocks with NaN first, and whoever reads what nobody wrote can't look plausible any more.
 
-# %% [markdown] lang="zh" en_hash="241efe9e"
+# %% [markdown] lang="zh" en_hash="1284fc7d"
 # <details><summary>答案（先自己想一个）</summary>
 #
 # 四个回答的第一位都对：那一位是在提示刚读完时采样的，谁都还没有写。接着，回答 0、1、2 各拿到一个新块来放提示的尾巴，
@@ -576,7 +579,9 @@ widgets.BlockMap(manager)
 # 而不是块*里面*是什么。
 # </details>
 #
-# 这种错误能藏多久？这个提示有 188 个 token，我们拿同样的错误去试几种块大小。那什么办法能让它现形？**投毒**：
+# ### 能藏多久？
+#
+# 这个提示有 188 个 token，我们拿同样的错误去试几种块大小。那什么办法能让它现形？**投毒**：
 # 先把所有块填成 NaN，谁要是读到没人写过的地方，就再也装不出像样的答案。
 
 # %%
@@ -584,7 +589,7 @@ for size in (47, 32, 16, 8, 4):
     careless = engine(size)
     careless.engine.runner.cache.copy_blocks = lambda pairs: None
     right = ask(careless, stated + ben.prompt).count(ben.answer)
-    print(f"blocks of {size:>2}: {188 % size:>2} tokens in an unfilled last block, {right} of 4 answers right")
+    print(f"blocks of {size:>2}: {188 % size:>2} tokens in the unfilled last block, {right} of 4 right")
 for kind in ("careless", "sound"):
     cache.poison(range(cache.num_blocks))
     output = llm.generate(stated + ben.prompt, four, use_tqdm=False)[0]
@@ -619,7 +624,7 @@ for turn in range(20):
 try:
     leaky.check()
 except InvariantError as error:
-    print(error, f"| {leaky.num_free_blocks} of {leaky.num_blocks} free, though nobody is being served")
+    print(f"{error}\n{leaky.num_free_blocks} of {leaky.num_blocks} free, though nobody is being served")
 
 # %%
 print(*[event for event in leaky.events if event.kind == "share"])

@@ -147,11 +147,11 @@ def read_among_others(budget: int) -> tuple[LLM, list]:
     busy = LLM("tiny", max_num_batched_tokens=budget, enable_prefix_caching=False)
     for task in demo_prompts()[:4]:
         busy.submit(task.prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
-    while any(s.prompt_len > s.num_computed for e in busy.engine.scheduler.running + busy.engine.scheduler.waiting
-              for s in e.group.live):
+    while busy.engine.scheduler.waiting or any(
+            entry.group.live[0].num_output == 0 for entry in busy.engine.scheduler.running):
         busy.step()
     start = busy.engine.num_steps
-    busy.submit({"prompt_token_ids": list(range(100, 1100))}, SamplingParams(temperature=0, max_tokens=1)).result()
+    busy.submit({"prompt_token_ids": list(range(100, 1100))}, SamplingParams(max_tokens=1)).result()
     return busy, [record for record in busy.engine.history if record.step >= start]
 
 # %%
@@ -312,10 +312,11 @@ seeded = SamplingParams(temperature=1.5, top_p=0.95, seed=7, max_tokens=60, igno
 others = SamplingParams(temperature=1.0, max_tokens=60)
 here = "0" if llm.device.type == "cuda" else "cpu"
 pair = nanopd.Cluster("tiny", f"P:{here} D:{here}", "disaggregated", dtype="float32")
-answers = {llm.generate(crowd[-2], seeded, use_tqdm=False)[0].outputs[0].text,
-           llm.generate([*crowd, crowd[-2]], [others] * len(crowd) + [seeded], use_tqdm=False)[-1].outputs[0].text,
-           tight.generate([crowd[-2]] * 8, seeded, use_tqdm=False)[-1].outputs[0].text,
-           pair.generate(crowd[-2], seeded, use_tqdm=False)[0].outputs[0].text}
+runs = [llm.generate(crowd[-2], seeded, use_tqdm=False),
+        llm.generate([*crowd, crowd[-2]], [others] * len(crowd) + [seeded], use_tqdm=False),
+        tight.generate([crowd[-2]] * 8, seeded, use_tqdm=False),
+        pair.generate(crowd[-2], seeded, use_tqdm=False)]
+answers = {outputs[-1].outputs[0].text for outputs in runs}
 guess.reveal(different_answers=len(answers))
 print(*answers, sep="\n")
 
@@ -352,8 +353,10 @@ guess.reveal(most_blocks=200 - free, copied=sum(record.num_copies for record in 
 # 代价是同时占着 `beam_width` 条序列；而且概率更大的回答，也不一定更好。
 
 # %%
-best = forked.generate(stories[0], SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)[0].outputs[0]
-beams = forked.beam_search(stories[0], BeamSearchParams(4, max_tokens=20, length_penalty=0), use_tqdm=False)[0].outputs
+twenty = SamplingParams(temperature=0, max_tokens=20)
+best = forked.generate(stories[0], twenty, use_tqdm=False)[0].outputs[0]
+width_4 = BeamSearchParams(4, max_tokens=20, length_penalty=0)
+beams = forked.beam_search(stories[0], width_4, use_tqdm=False)[0].outputs
 print(f"greedy {best.cumulative_logprob:8.3f}  {best.text}")
 for beam in beams:
     print(f"beam   {beam.cumulative_logprob:8.3f}  {beam.text}")
@@ -393,11 +396,13 @@ def build_blinkered(plan, block_size, device):
     return token_ids, positions, batch
 
 # %%
-runner.build_batch = build_blinkered
 broken = LLM("tiny", prefill_chunk_size=256, max_num_batched_tokens=4096, enable_prefix_caching=False)
 questions = [recall_prompt(seed, 600, "en") for seed in range(40, 52)]
-outputs = broken.generate([question.prompt for question in questions], greedy, use_tqdm=False)
-runner.build_batch = whole_build  # mended again
+runner.build_batch = build_blinkered
+try:
+    outputs = broken.generate([question.prompt for question in questions], greedy, use_tqdm=False)
+finally:
+    runner.build_batch = whole_build  # mended again
 right = [output.outputs[0].text == question.answer for question, output in zip(questions, outputs)]
 guess.reveal(right=sum(right))
 

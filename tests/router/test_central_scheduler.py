@@ -61,7 +61,7 @@ class Script:
         return worker_id, Granted(name, Destination(worker_id, next(self._leases), [7], 0))
 
     def refuse(self, worker_id, name):
-        return worker_id, Refused(name, 0)
+        return worker_id, Refused(name)
 
     def stage(self, name):
         return self.central._entries[name].stage
