@@ -16,12 +16,13 @@ IN_RANGE := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 CHROMIUMS := chromium chromium-browser google-chrome google-chrome-stable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks check-notebooks lint chromium-note clean distclean
+.PHONY: help demo test test-gpu lab notebooks check-notebooks lint chromium-note clean distclean
 
 help:
 	@echo "make demo       install nanoPD into $(VENV) and run the embedded model through both pipelines"
 	@echo "make lab        open the workbook in JupyterLab (BOOK=en or BOOK=zh)"
 	@echo "make test       ruff, the notebook builder's check, and the test suite"
+	@echo "make test-gpu   the GPU tests and all chapters, on a machine with a CUDA device"
 	@echo "make notebooks  write notebooks/en and notebooks/zh from notebooks/src"
 	@echo "make lint       ruff alone"
 	@echo "make clean      remove caches and build output;  make distclean removes $(VENV) too"
@@ -92,6 +93,11 @@ chromium-note:
 test: $(VENV)/.ready-test lint check-notebooks chromium-note
 	@echo "==> pytest"
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Everything that a machine with a GPU can tell beyond `make test`: the engine's GPU tests, and every chapter on the GPU.
+test-gpu: $(VENV)/.ready-test
+	@$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+	@$(BIN)/python -m pytest tests/workbook/test_notebooks.py $(ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -34,7 +34,8 @@ from nanopd.workbook.source import (
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 _STOPS, _CJK = "\u3000-\u303f\uff00-\uffef—…”’", "\u4e00-\u9fff"
-LINE_BREAK_IN_CHINESE = re.compile(rf"(?<=[{_STOPS}{_CJK}])\n(?=[“‘（{_STOPS}{_CJK}])|(?<=[{_STOPS}])\n(?=[A-Za-z`])")
+LINE_BREAK_IN_CHINESE = re.compile(
+    rf"(?<=[{_STOPS}{_CJK}])\n(?=[“‘（{_STOPS}{_CJK}])|(?<=[{_STOPS}])\n(?=[A-Za-z`]|\*\*[{_CJK}A-Za-z0-9])")
 
 
 def build(cells: list[Cell], lang: str, solved: bool) -> str:

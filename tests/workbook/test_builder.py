@@ -335,3 +335,16 @@ def test_stamp_wants_its_chapters_named(root):
 @pytest.mark.skipif(not builder.NOTEBOOKS.is_dir(), reason="the notebooks are not part of an installed package")
 def test_what_is_committed_is_what_the_builder_writes():
     assert builder.check(builder.NOTEBOOKS, []) == []
+
+
+@pytest.mark.parametrize("written, shown", [
+    ("就地写入。\n**复制了三次**", "就地写入。**复制了三次**"),
+    ("调度器。\n这一章里", "调度器。这一章里"),
+    ("由此\n而来", "由此而来"),
+    ("代码在，\n`runner.py`", "代码在，`runner.py`"),
+    ("用的是\nGPU", "用的是\nGPU"),  # a space belongs between the two scripts
+    ("- 一。\n- 二。", "- 一。\n- 二。"),
+    ("第一段。\n\n第二段。", "第一段。\n\n第二段。"),
+])
+def test_a_line_break_in_chinese_leaves_no_space(written, shown):
+    assert builder.LINE_BREAK_IN_CHINESE.sub("", written) == shown
