@@ -36,7 +36,7 @@ class LLM(Client):
                  load_format: str = "auto", seed: int = 0, **options: Any) -> None:
         engine_options = _engine_options(options)
         torch_device = _resolve_device(device)
-        decoder, _ = load_model(model, device=torch_device, dtype=dtype, load_format=load_format, seed=seed)
+        decoder = load_model(model, device=torch_device, dtype=dtype, load_format=load_format, seed=seed)
         super().__init__(load_tokenizer(model), seed)
         self._engine: Engine | None = build_engine(decoder, torch_device, engine_options)
         self.device = torch_device
@@ -93,7 +93,7 @@ class Cluster(Client):
         devices = [_resolve_device(placement.device) for placement in self.topology.placements]
         if len(set(devices)) > 1:
             raise ConfigError(f"topology {topology!r} names several devices; the inline executor runs all workers on one")
-        decoder, _ = load_model(model, device=devices[0], dtype=dtype, load_format=load_format, seed=seed)
+        decoder = load_model(model, device=devices[0], dtype=dtype, load_format=load_format, seed=seed)
         super().__init__(load_tokenizer(model), seed)
         self._executor = InlineExecutor(self._build_workers(decoder, devices[0], engine_options))
         limits = Limits.tightest(worker.engine.limits for worker in self.workers.values())

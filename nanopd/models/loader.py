@@ -25,13 +25,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 def load_model(
     model: str | Path,
-    spec: ModelSpec | None = None,
     *,
     device: torch.device | str,
     dtype: torch.dtype | str | None = None,
     load_format: str = "auto",
     seed: int = 0,
-) -> tuple[Decoder, ModelSpec]:
+) -> Decoder:
     """A decoder on `device` with the checkpoint's weights, or with random ones for `load_format="dummy"`.
 
     `dtype`: None or "auto" takes float32 on a CPU and the checkpoint's own elsewhere.
@@ -44,14 +43,14 @@ def load_model(
     if load_format not in LOAD_FORMATS:
         raise ModelError(f"unknown load_format {load_format!r}; there are {', '.join(LOAD_FORMATS)}")
     device = torch.device(device)
-    spec = spec or load_spec(model)
+    spec = load_spec(model)
     shards = [] if load_format == "dummy" else _shards(resolve_model(model), model)
     decoder = Decoder(spec, device=device, dtype=_resolve_dtype(dtype, spec, device)).eval()
     if load_format == "dummy":
         _fill_with_noise(decoder, seed)
     else:
         _load_weights(decoder, shards)
-    return decoder, spec
+    return decoder
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:

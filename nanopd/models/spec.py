@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,23 +22,15 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
          "num_key_value_heads", "max_position_embeddings")
 
 
-def load_spec(model: str | Path, max_model_len: int | None = None) -> ModelSpec:
+def load_spec(model: str | Path) -> ModelSpec:
     """The shape of a model: "tiny", a preset's name, a local directory or a hub name.
 
-    `max_model_len` lowers the number of positions, in tokens.
-
     Raises:
-        ModelError: the model is not there, its configuration can't be read or is inconsistent, it is not one
-            of the supported architectures, or it was made for fewer than `max_model_len` positions.
+        ModelError: the model is not there, its configuration can't be read or is inconsistent, or it is not one
+            of the supported architectures.
     """
     path = resolve_model(model, weights=False)
-    spec = _preset_spec(path) if path.is_file() else _directory_spec(path)
-    if max_model_len is None:
-        return spec
-    if not 1 <= max_model_len <= spec.max_position:
-        raise ModelError(f"max_model_len must be from 1 to {spec.max_position}, the positions that {model} was "
-                         f"made for; got {max_model_len}")
-    return replace(spec, max_position=max_model_len)
+    return _preset_spec(path) if path.is_file() else _directory_spec(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

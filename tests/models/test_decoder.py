@@ -34,7 +34,7 @@ def pair(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint")
     model = make_checkpoint(path, **request.param)
     assert (path / "model.safetensors.index.json").exists() == ("shard_size" in request.param)
-    return model, load_model(path, device="cpu")[0]
+    return model, load_model(path, device="cpu")
 
 
 def test_whole_prompt(pair, cached):
@@ -83,7 +83,7 @@ def test_bfloat16_is_as_far_from_float32_as_theirs(family, tmp_path, cached):
     model = make_checkpoint(tmp_path, family)
     exact = hf_logits(model, prompt())
     theirs = hf_logits(model.bfloat16(), prompt())
-    ours = cached(load_model(tmp_path, device="cpu", dtype="bfloat16")[0]).run({0: prompt()})
+    ours = cached(load_model(tmp_path, device="cpu", dtype="bfloat16")).run({0: prompt()})
     scale = exact.std()
     assert (ours - theirs).abs().mean() < 0.03 * scale
     assert (ours - exact).abs().mean() < 1.2 * (theirs - exact).abs().mean()
@@ -91,7 +91,7 @@ def test_bfloat16_is_as_far_from_float32_as_theirs(family, tmp_path, cached):
 
 def test_on_layer_follows_the_store_of_each_layer(tmp_path, cached):
     make_checkpoint(tmp_path, layers=3)
-    runner = cached(load_model(tmp_path, device="cpu")[0])
+    runner = cached(load_model(tmp_path, device="cpu"))
     stored = []
 
     def on_layer(index: int) -> None:
@@ -104,7 +104,7 @@ def test_on_layer_follows_the_store_of_each_layer(tmp_path, cached):
 
 def test_logits_are_float32_in_any_dtype(tmp_path, cached):
     make_checkpoint(tmp_path, tie=True)
-    decoder, _ = load_model(tmp_path, device="cpu", dtype=torch.bfloat16)
+    decoder = load_model(tmp_path, device="cpu", dtype=torch.bfloat16)
     assert cached(decoder).run({0: [1, 2]}).dtype == torch.float32
 
 

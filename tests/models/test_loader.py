@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +87,7 @@ def test_hub_gives_only_safe_files(monkeypatch, checkpoint):
         return str(checkpoint)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert load("some/model")[1].architecture == "qwen3"
+    assert load("some/model").spec.architecture == "qwen3"
     (_, config_files), (_, all_files) = asked
     assert set(all_files) - set(config_files) == {"model*.safetensors"}
     assert not any(pattern.endswith(end) for pattern in all_files for end in ("*", ".bin", ".pt", ".pth", ".py"))
@@ -104,7 +103,7 @@ def test_tiny_missing_from_the_installation(monkeypatch, tmp_path):
     with pytest.raises(ModelError, match=r"embedded model 'tiny' is missing.*install nanopd again"):
         load_spec("tiny")
     make_checkpoint(tmp_path / "weights")
-    assert load("tiny")[1].num_layers == 2
+    assert load("tiny").spec.num_layers == 2
 
 
 def test_names_are_tried_in_order(monkeypatch, tmp_path):
@@ -141,13 +140,13 @@ def test_presets_mean_the_same_to_transformers(name, tmp_path):
 def test_config_of_transformers_4(kind_key, tmp_path, cached):
     """rope_theta and rope_scaling at the top, torch_dtype for dtype."""
     make_checkpoint(tmp_path, "llama", rope="llama3")
-    expected = cached(load(tmp_path)[0]).run({0: list(range(70))})
+    expected = cached(load(tmp_path)).run({0: list(range(70))})
     scaling = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
     scaling[kind_key] = scaling.pop("rope_type")
     edit_json(tmp_path / "config.json", rope_parameters=..., rope_theta=scaling.pop("rope_theta"), rope_scaling=scaling,
               dtype=..., torch_dtype="float16")
-    decoder, spec = load(tmp_path)
-    assert (spec.rope_scaling.kind, spec.dtype) == ("llama3", "float16")
+    decoder = load(tmp_path)
+    assert (decoder.spec.rope_scaling.kind, decoder.spec.dtype) == ("llama3", "float16")
     torch.testing.assert_close(cached(decoder).run({0: list(range(70))}), expected, rtol=0, atol=0)
 
 
@@ -168,13 +167,6 @@ def test_yarn_without_a_factor_takes_the_ratio_of_the_contexts(checkpoint):
     edit_json(checkpoint / "config.json", rope_parameters={
         "rope_type": "yarn", "rope_theta": 1e4, "factor": None, "original_max_position_embeddings": 128})
     assert load_spec(checkpoint).rope_scaling.params["factor"] == 4.0
-
-
-def test_max_model_len(checkpoint):
-    assert load_spec(checkpoint, max_model_len=100).max_position == 100
-    for length in (0, 513):
-        with pytest.raises(ModelError, match=f"from 1 to 512.*got {length}"):
-            load_spec(checkpoint, max_model_len=length)
 
 
 @pytest.mark.parametrize("config, generation, expected", [
@@ -249,7 +241,7 @@ def test_broken_json(checkpoint, file, content, message):
 
 
 def test_fused_weights_are_stacked_in_order(checkpoint):
-    decoder, _ = load(checkpoint)
+    decoder = load(checkpoint)
     tensors = load_file(checkpoint / "model.safetensors")
     prefix = "model.layers.1.self_attn."
     stacked = torch.cat([tensors[f"{prefix}{part}_proj.weight"] for part in "qkv"])
@@ -259,14 +251,14 @@ def test_fused_weights_are_stacked_in_order(checkpoint):
 
 
 def test_parameters_need_no_gradient(checkpoint):
-    assert not any(parameter.requires_grad for parameter in load(checkpoint)[0].parameters())
+    assert not any(parameter.requires_grad for parameter in load(checkpoint).parameters())
 
 
 def test_redundant_tensors_are_ignored(tmp_path):
     make_checkpoint(tmp_path, tie=True)
     edit_tensors(tmp_path, **{"lm_head.weight": torch.zeros(128, 64),
                               "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
-    assert load(tmp_path)[0].lm_head is None
+    assert load(tmp_path).lm_head is None
 
 
 def test_other_extra_tensors_are_listed(checkpoint):
@@ -310,7 +302,7 @@ def test_no_weights_at_all(checkpoint):
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"has no weights: expected model.safetensors.*load_format='dummy'"):
         load(checkpoint)
-    assert load_model(checkpoint, device="cpu", load_format="dummy")[1].num_layers == 2
+    assert load_model(checkpoint, device="cpu", load_format="dummy").spec.num_layers == 2
 
 
 def test_missing_shard(sharded):
@@ -354,21 +346,16 @@ def test_unknown_load_format_and_dtype(checkpoint):
 def test_dtype(tmp_path, dtype, expected):
     make_checkpoint(tmp_path)
     edit_json(tmp_path / "config.json", dtype="bfloat16")
-    decoder, spec = load_model(tmp_path, device="cpu", dtype=dtype)
+    decoder = load_model(tmp_path, device="cpu", dtype=dtype)
     assert {parameter.dtype for parameter in decoder.parameters()} == {expected}
-    assert (spec.dtype, decoder.rotary.inv_freq.dtype) == ("bfloat16", torch.float32)
-
-
-def test_a_given_spec_is_taken(checkpoint):
-    spec = replace(load_spec(checkpoint), max_position=64)
-    assert load_model(checkpoint, spec, device="cpu")[1] is spec
+    assert (decoder.spec.dtype, decoder.rotary.inv_freq.dtype) == ("bfloat16", torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------ dummy
 
 
 def dummy(path, seed=0) -> Decoder:
-    return load_model(path, device="cpu", load_format="dummy", seed=seed)[0]
+    return load_model(path, device="cpu", load_format="dummy", seed=seed)
 
 
 def test_dummy_weights_depend_on_the_seed_alone(checkpoint):

@@ -57,9 +57,10 @@ def test_the_solution_runs_in_full(chapter, lang):
     execute(builder.NOTEBOOKS / "solutions" / lang / f"{chapter}.ipynb", allow_errors=False)
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
 @pytest.mark.parametrize("chapter", CHAPTERS)
-def test_the_learners_fails_in_its_exercise_cells_only(chapter):
-    notebook = execute(builder.NOTEBOOKS / "en" / f"{chapter}.ipynb", allow_errors=True)
+def test_the_learners_fails_in_its_exercise_cells_only(chapter, lang):
+    notebook = execute(builder.NOTEBOOKS / lang / f"{chapter}.ipynb", allow_errors=True)
     assert errors_of_a_learner(notebook) == []
 
 
