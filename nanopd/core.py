@@ -209,9 +209,26 @@ class Sequence:
     def cumulative_logprob(self) -> float:
         return sum(self.logprobs)
 
+    @property
+    def awaits_token(self) -> bool:
+        """Whether the last token is still being drawn by a step that runs."""
+        return self.token_ids[-1] < 0
+
+    def await_token(self, draw: int) -> None:
+        """Make room for the token that the running step draws as its `draw`-th. Until it is known a negative number
+        stands for it: -1 - draw."""
+        self.token_ids.append(-1 - draw)
+
     def append_token(self, token_id: int, logprob: float = 0.0) -> None:
+        if self.awaits_token:
+            self.token_ids.pop()
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
+
+    def forget_awaited(self) -> None:
+        """The running step's token will not come."""
+        if self.awaits_token:
+            self.token_ids.pop()
 
     def move_to(self, phase: Phase) -> None:
         """Enter `phase`. Raises RuntimeError for a step that LEGAL_TRANSITIONS does not know."""
@@ -316,7 +333,8 @@ class PlanRow:
 
     `num_samples` tokens are drawn after the last of them: 0 for a chunk that is not the prompt's last, n for
     the prompt's last chunk of a request that wants n answers, otherwise 1. `num_top` of the likeliest tokens
-    are reported beside them.
+    are reported beside them. The last `num_drafts` of the new tokens are guesses: then one token is drawn after each
+    of them and one before the first, num_drafts + 1 in all, to tell which guesses were right.
     """
 
     sequence: Sequence
@@ -327,6 +345,7 @@ class PlanRow:
     copies: list[tuple[int, int]] = field(default_factory=list)  # copy-on-write (source, destination)
     num_samples: int = 0
     num_top: int = 0
+    num_drafts: int = 0
 
     @property
     def kind(self) -> str:
@@ -336,6 +355,7 @@ class PlanRow:
 
     @property
     def token_ids(self) -> list[int]:
+        """The row's new tokens. -1 - i stands for the i-th token that the step before draws, where that still runs."""
         return self.sequence.token_ids[self.num_cached : self.num_cached + self.num_new]
 
 
@@ -349,6 +369,7 @@ class StepPlan:
 
     rows: list[PlanRow] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)  # request ids sent back to wait while planning
+    run_ahead: bool = False  # the next step was planned on top of this one before its result was known
 
     @property
     def copies(self) -> list[tuple[int, int]]:

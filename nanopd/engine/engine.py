@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from nanopd.core import (
@@ -25,9 +27,21 @@ OnLayer = Callable[[int], None]
 
 
 class Runner(Protocol):
-    """Executes one step. `on_layer(i)` is called once layer i's keys and values of the step are in the cache."""
+    """Executes one step. `on_layer(i)` is called once layer i's keys and values of the step are in the cache.
+
+    A runner whose device works on its own also has `launch`, with the same arguments: it queues the step and returns
+    a function that waits for the result. The engine then plans the next step meanwhile.
+    """
 
     def execute(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult: ...
+
+
+@dataclass
+class RunningStep:
+    """A step that has begun. `wait` gives its result, or raises what went wrong."""
+
+    plan: StepPlan
+    wait: Callable[[], StepResult]
 
 
 class Engine:
@@ -44,6 +58,7 @@ class Engine:
         self.layer_hook = layer_hook
         self.history: deque[StepRecord] = deque(maxlen=STEPS_KEPT)
         self.num_steps = 0
+        self._ahead: RunningStep | None = None  # begun before the result of the step before it was known
 
     def add(self, request: Request, *, handoff: bool = False) -> None:
         """Queue a request. Raises InvalidRequest if this engine could never serve it."""
@@ -53,25 +68,51 @@ class Engine:
         self.scheduler.add(SequenceGroup(request, handoff=handoff))
 
     def step(self) -> list[TokenEvent]:
-        """Run one step. Returns the tokens drawn in it; none if there was nothing that could run."""
-        plan = self.scheduler.schedule()
-        if not plan:
+        """Run one step. Returns the tokens drawn in it; none if there was nothing that could run.
+
+        Where the runner can, the step after it is planned and queued meanwhile, so that the device never waits.
+        """
+        step, self._ahead = self._ahead or self._begin(self.scheduler.schedule()), None
+        if step is None:
             return []
         try:
-            result = self.runner.execute(plan, self._on_layer(plan))
+            if hasattr(self.runner, "launch"):
+                self._ahead = self._begin(self.scheduler.schedule_ahead(step.plan))
+            result = step.wait()
         except Exception as error:  # whatever broke, the requests of this step get to know and the others go on
-            return self._fail_step(plan, error)
+            return self._fail_step(step.plan, error)
         except BaseException:  # Ctrl-C: who is served on afterwards must not miss what this step would have written
+            self._withdraw(step)
+            raise
+        broken = self._fail_broken_rows(step.plan, result)
+        updates = self.scheduler.commit(step.plan, result)
+        self._record(step.plan, result)
+        return broken + [self._event(update) for update in updates]
+
+    def _begin(self, plan: StepPlan | None) -> RunningStep | None:
+        """Hand a plan to the runner. A runner that has no `launch` executes it as it is waited for."""
+        if not plan:
+            return None
+        on_layer = self._on_layer(plan)
+        if not hasattr(self.runner, "launch"):
+            return RunningStep(plan, lambda: self.runner.execute(plan, on_layer))
+        try:
+            return RunningStep(plan, self.runner.launch(plan, on_layer))
+        except Exception as error:
+            return RunningStep(plan, partial(_raise, error))
+        except BaseException:
             self.scheduler.withdraw(plan)
             raise
-        broken = self._fail_broken_rows(plan, result)
-        updates = self.scheduler.commit(plan, result)
-        self._record(plan, result)
-        return broken + [self._event(update) for update in updates]
+
+    def _withdraw(self, step: RunningStep) -> None:
+        for running in (step, self._ahead):
+            if running is not None:
+                self.scheduler.withdraw(running.plan)
+        self._ahead = None
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._ahead is not None
 
     def cancel(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
         """End a request, or one of the answers it has begun. Its blocks are free when this returns."""
@@ -123,3 +164,7 @@ class Engine:
             self.num_steps, rows, tuple(plan.preempted), len(self.scheduler.waiting),
             self.scheduler.manager.num_free_blocks, len(plan.copies), result.duration))
         self.num_steps += 1
+
+
+def _raise(error: Exception) -> StepResult:
+    raise error

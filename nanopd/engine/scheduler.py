@@ -131,6 +131,8 @@ class Scheduler:
         """How many tokens of the sequence fit into what is left of the step's budget."""
         if not self.manager.has_table(sequence):
             return 0  # a sibling that waits until the leader has recomputed their prompt
+        if self._ends_with_awaited(group, sequence):
+            return 0
         wanted = sequence.num_remaining
         if any(not self.manager.has_table(sibling) for sibling in group.live):
             wanted = max(sequence.prompt_len, sequence.num_computed) - sequence.num_computed
@@ -171,6 +173,7 @@ class Scheduler:
             self.beams[group.request_id].drop_candidates()
         for sequence in group.live:
             self.manager.free(sequence)
+            sequence.forget_awaited()
             sequence.num_computed = 0
             sequence.move_to(Phase.WAITING)
         self.running.remove(entry)
@@ -200,6 +203,45 @@ class Scheduler:
             if plan.preempted:
                 return
 
+    # --------------------------------------------------------------------------------------- running ahead
+
+    def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The plan of the step after `plan`, which runs and whose tokens are not known yet.
+
+        Every sequence counts as one token longer, and that token's place is held by a number below zero. None where
+        the next step depends on more than the tokens' number: beams, answers about to fork, a penalty for repetition,
+        a prompt about to be handed on, or so few free blocks that somebody would be preempted.
+        """
+        if not self._may_run_ahead(plan):
+            return None
+        draws = count()
+        for row in plan.rows:
+            row.sequence.num_computed += row.num_new
+            if row.num_samples:
+                row.sequence.await_token(next(draws))
+                row.sequence.move_to(Phase.DECODE)
+        plan.run_ahead = True
+        return self.schedule()
+
+    def _may_run_ahead(self, plan: StepPlan) -> bool:
+        live = [sequence for entry in self.running for sequence in entry.group.live]
+        return (
+            all(row.num_samples <= 1 and not row.sequence.finished for row in plan.rows)
+            and all(self._is_plain(entry.group) for entry in self.running)
+            and self.manager.num_free_blocks >= len(live)  # one block each is the most a decode takes
+        )
+
+    def _is_plain(self, group: SequenceGroup) -> bool:
+        """Whether all that a step changes in the group is known beforehand, but for the tokens themselves."""
+        request = group.request
+        return (request.beam is None and request.sampling.repetition_penalty == 1 and not group.handoff
+                and (request.num_answers == 1 or all(self.manager.has_table(sequence) for sequence in group.live)))
+
+    def _ends_with_awaited(self, group: SequenceGroup, sequence: Sequence) -> bool:
+        """Whether the token that is being drawn is the sequence's last, whichever it is."""
+        full = sequence.num_output == group.request.max_tokens or len(sequence) >= self.max_len
+        return full and sequence.awaits_token
+
     # ------------------------------------------------------------------------------------------ committing
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Update]:
@@ -210,7 +252,8 @@ class Scheduler:
             group = groups.get(row.request.request_id)
             if group is None or row.sequence.finished:
                 continue  # cancelled while the step ran
-            row.sequence.num_computed += row.num_new
+            if not plan.run_ahead:
+                row.sequence.num_computed += row.num_new
             self.manager.commit(row.sequence)
             updates += self._take_draws(group, row, drawn)
         for group in groups.values():
