@@ -348,6 +348,15 @@ class PlanRow:
     num_drafts: int = 0
 
     @property
+    def num_logits(self) -> int:
+        """After how many of its tokens the row draws."""
+        return self.num_drafts + 1 if self.num_samples else 0
+
+    @property
+    def num_draws(self) -> int:
+        return self.num_drafts + self.num_samples
+
+    @property
     def kind(self) -> str:
         """ "prefill" while the row reads a prompt, or recomputes a preempted sequence; else "decode"."""
         reads_prompt = self.num_cached < self.sequence.prompt_len

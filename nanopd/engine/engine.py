@@ -42,6 +42,7 @@ class RunningStep:
 
     plan: StepPlan
     wait: Callable[[], StepResult]
+    draws: bool = True  # False: the runner refused it, so nothing can be planned on what it draws
 
 
 class Engine:
@@ -76,7 +77,7 @@ class Engine:
         if step is None:
             return []
         try:
-            if hasattr(self.runner, "launch"):
+            if step.draws and hasattr(self.runner, "launch"):
                 self._ahead = self._begin(self.scheduler.schedule_ahead(step.plan))
             result = step.wait()
         except Exception as error:  # whatever broke, the requests of this step get to know and the others go on
@@ -87,6 +88,8 @@ class Engine:
         broken = self._fail_broken_rows(step.plan, result)
         updates = self.scheduler.commit(step.plan, result)
         self._record(step.plan, result)
+        if self._ahead and all(row.sequence.finished for row in self._ahead.plan.rows):
+            self._ahead = None  # nobody is left to take what it draws
         return broken + [self._event(update) for update in updates]
 
     def _begin(self, plan: StepPlan | None) -> RunningStep | None:
@@ -99,7 +102,7 @@ class Engine:
         try:
             return RunningStep(plan, self.runner.launch(plan, on_layer))
         except Exception as error:
-            return RunningStep(plan, partial(_raise, error))
+            return RunningStep(plan, partial(_raise, error), draws=False)
         except BaseException:
             self.scheduler.withdraw(plan)
             raise
@@ -139,13 +142,13 @@ class Engine:
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[TokenEvent]:
         message = f"{type(error).__name__}: {error}"
-        request_ids = dict.fromkeys(row.request.request_id for row in plan.rows)
+        request_ids = dict.fromkeys(row.request.request_id for row in plan.rows if not row.sequence.finished)
         return [event for request_id in request_ids for event in self.fail(request_id, message)]
 
     def _fail_broken_rows(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         events: list[TokenEvent] = []
         for row, drawn in zip(plan.rows, result.rows, strict=True):
-            if drawn.error is not None:
+            if drawn.error is not None and not row.sequence.finished:
                 events += self.fail(row.request.request_id, drawn.error)
         return events
 

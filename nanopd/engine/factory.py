@@ -10,6 +10,7 @@ import torch
 from nanopd.block_manager.cache import KVCache
 from nanopd.block_manager.manager import BlockSpaceManager
 from nanopd.config import CacheConfig, ConfigError, ModelSpec, SchedulerConfig
+from nanopd.engine.cuda_runner import CudaRunner
 from nanopd.engine.engine import Engine
 from nanopd.engine.limits import Limits
 from nanopd.engine.runner import ModelRunner
@@ -32,6 +33,7 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     watermark: float = 0.01
+    enforce_eager: bool = False  # on a GPU: queue every operation, record no CUDA graphs
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "prefill_chunk_size", "block_size",
@@ -63,8 +65,16 @@ def build_engine(model: Decoder, device: torch.device, options: EngineOptions, c
     scheduler_config = SchedulerConfig(
         options.max_num_seqs, options.max_num_batched_tokens, options.prefill_chunk_size, max_model_len)
     limits = Limits(spec.vocab_size, max_model_len, num_blocks, options.block_size, options.max_num_seqs)
-    runner = ModelRunner(model, cache, spec.eos_token_ids)
+    runner = _runner(model, cache, scheduler_config, options)
     return Engine(runner, Scheduler(scheduler_config, manager, spec.eos_token_ids), limits)
+
+
+def _runner(model: Decoder, cache: KVCache, config: SchedulerConfig, options: EngineOptions) -> ModelRunner:
+    eos_token_ids = model.spec.eos_token_ids
+    if cache.data.device.type != "cuda":
+        return ModelRunner(model, cache, eos_token_ids)
+    return CudaRunner(model, cache, eos_token_ids, max_num_seqs=config.max_num_seqs, max_len=config.max_model_len,
+                      enforce_eager=options.enforce_eager)
 
 
 def _allocate(spec: ModelSpec, config: CacheConfig, device: torch.device, dtype: torch.dtype) -> KVCache:

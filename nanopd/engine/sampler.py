@@ -3,14 +3,20 @@
 A token is drawn by inverting the cumulative distribution at one uniform number, and that number comes from a
 counter, not from a generator's state. So a draw does not depend on the rest of the batch, on the device, on
 a preemption or on the worker where it happens.
+
+Nothing here waits for the device: `draw` leaves the tokens there, and `Draws.collect` reads them once they have been
+copied to the host.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nanopd.core import PlanRow, RowResult
+from nanopd.paged_attention import cuda
 
 _MASK = (1 << 64) - 1
 
@@ -29,60 +35,145 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def sample(logits: Tensor, rows: list[PlanRow], eos_token_ids: frozenset[int]) -> list[RowResult]:
-    """Draw each row's tokens.
+@dataclass
+class Draws:
+    """What a step drew, on the device or on the host: D draws from L rows of logits.
 
-    Args:
-        logits: float32 [rows, vocabulary].
-        rows: those of the plan that draw, in the order of the logits.
-
-    A row whose logits hold a NaN or +inf, or are all -inf, gets an error instead of a token made of it.
+    token_ids int64 [D] and logprobs float32 [D], row by row of the plan; broken bool [L]; top_ids and top_logprobs
+    [L, k], the k likeliest of each row of logits, where somebody asked for them.
     """
-    if not rows:
-        return []
+
+    token_ids: Tensor
+    logprobs: Tensor
+    broken: Tensor
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+    @classmethod
+    def nothing(cls, device: torch.device) -> Draws:
+        return cls(*(torch.empty(0, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32, torch.bool)))
+
+    def first(self, count: int) -> Draws:
+        """Those of the first rows, where each row draws once."""
+        return Draws(self.token_ids[:count], self.logprobs[:count], self.broken[:count])
+
+    def to_host(self) -> Draws:
+        """On a GPU, a copy in pinned memory: there once the stream has come so far. On a CPU, itself."""
+        if self.token_ids.device.type == "cpu":
+            return self
+        fields = (self.token_ids, self.logprobs, self.broken, self.top_ids, self.top_logprobs)
+        return Draws(*(None if field is None else _download(field) for field in fields))  # type: ignore[arg-type]
+
+    def collect(self, rows: list[PlanRow]) -> list[RowResult]:
+        """A result for each of the plan's rows, read on the host. A row whose logits held a NaN or +inf, or were all
+        -inf, gets an error instead of a token made of it."""
+        tokens, logprobs, broken = self.token_ids.tolist(), self.logprobs.tolist(), self.broken.tolist()
+        results = []
+        draw = line = 0
+        for row in rows:
+            lines, end = row.num_logits, draw + row.num_draws
+            if any(broken[line : line + lines]):
+                results.append(RowResult(error="the model's logits held NaN or infinity"))
+            else:
+                results.append(RowResult(tokens[draw:end], logprobs[draw:end], self._top(line, row.num_top)))
+            draw, line = end, line + lines
+        return results
+
+    def _top(self, line: int, k: int) -> list[tuple[int, float]]:
+        if k == 0 or self.top_ids is None or self.top_logprobs is None:
+            return []
+        return list(zip(self.top_ids[line, :k].tolist(), self.top_logprobs[line, :k].tolist()))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of logits: what may follow the row's tokens up to the `offset`-th of those it draws after."""
+
+    row: PlanRow
+    offset: int
+
+    @property
+    def position(self) -> int:
+        """How many tokens of the answer come before the one drawn here."""
+        row = self.row
+        return row.num_cached + row.num_new - row.num_drafts + self.offset - row.sequence.prompt_len
+
+    @property
+    def too_short(self) -> bool:
+        """Whether the answer must not end with the token drawn here."""
+        return self.position < self.row.request.sampling.min_tokens
+
+
+def sample(logits: Tensor, rows: list[PlanRow], eos_token_ids: frozenset[int]) -> list[RowResult]:
+    """`draw`, and wait for the result of each row."""
+    return draw(logits, rows, eos_token_ids).to_host().collect(rows)
+
+
+def draw(logits: Tensor, rows: list[PlanRow], eos_token_ids: frozenset[int]) -> Draws:
+    """Draw the tokens of a plan's rows.
+
+    logits [L, vocabulary] holds, row by row, what may follow each token after which the row draws.
+    """
+    if is_greedy(rows) and cuda.usable(logits):
+        return Draws(*cuda.greedy_sample(logits))
+    lines = [Line(row, offset) for row in rows for offset in range(row.num_logits)]
+    slots = [(i, answer) for i, line in enumerate(lines) for answer in range(line.row.num_samples)]
+    logits = logits.float()
     logprobs = torch.log_softmax(logits, dim=-1)
-    broken = logprobs.isnan().any(dim=-1).tolist()
-    adjusted = _adjust(logits, rows, eos_token_ids)
-    counts = [row.num_samples for row in rows]
-    tokens = torch.repeat_interleave(adjusted.argmax(dim=-1), torch.tensor(counts, device=logits.device))
-    slots = [(i, answer) for i, row in enumerate(rows) for answer in range(row.num_samples)]
-    drawn = [slot for slot, (i, _) in enumerate(slots) if rows[i].request.beam is None and not rows[i].request.sampling.greedy]
-    if drawn:
-        tokens[drawn] = _draw(adjusted, rows, [slots[slot] for slot in drawn])
-    chosen = logprobs[torch.tensor([i for i, _ in slots], device=logits.device), tokens].tolist()
-    return _collect(rows, broken, tokens.tolist(), chosen, logprobs)
+    adjusted = _adjust(logits, lines, eos_token_ids)
+    line_of_slot = _upload([i for i, _ in slots], logits)
+    tokens = adjusted.argmax(dim=-1)[line_of_slot]
+    random = [slot for slot, (i, _) in enumerate(slots) if _is_random(lines[i].row)]
+    if random:
+        picked = [(lines[i], answer) for i, answer in (slots[slot] for slot in random)]
+        chosen = _upload(random, logits)
+        tokens[chosen] = _draw_random(adjusted[line_of_slot[chosen]], picked)
+    num_top = min(max((row.num_top for row in rows if row.num_samples), default=0), logits.shape[1])
+    top = logprobs.topk(num_top) if num_top else (None, None)
+    return Draws(tokens, logprobs[line_of_slot, tokens], logprobs.isnan().any(dim=-1), top[1], top[0])
 
 
-def _adjust(logits: Tensor, rows: list[PlanRow], eos_token_ids: frozenset[int]) -> Tensor:
+def is_greedy(rows: list[PlanRow]) -> bool:
+    """Whether all that is drawn is each row's likeliest token: one kernel does it."""
+    return not any(
+        _is_random(row) or row.num_top or row.request.beam is not None or row.request.sampling.repetition_penalty != 1
+        or Line(row, 0).too_short
+        for row in rows if row.num_samples)
+
+
+def _is_random(row: PlanRow) -> bool:
+    return row.request.beam is None and not row.request.sampling.greedy
+
+
+def _adjust(logits: Tensor, lines: list[Line], eos_token_ids: frozenset[int]) -> Tensor:
     """Repetition penalties, and no end before min_tokens."""
     adjusted = logits
-    for i, row in enumerate(rows):
-        sampling, sequence = row.request.sampling, row.sequence
-        too_short = sequence.num_output < sampling.min_tokens
-        if row.request.beam or (sampling.repetition_penalty == 1 and not too_short):
+    for i, line in enumerate(lines):
+        sampling, sequence = line.row.request.sampling, line.row.sequence
+        if line.row.request.beam or (sampling.repetition_penalty == 1 and not line.too_short):
             continue
         if adjusted is logits:
             adjusted = logits.clone()
         if sampling.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
+            seen = _upload(sorted(set(sequence.token_ids)), logits)
             values = adjusted[i, seen]
             penalty = sampling.repetition_penalty
             adjusted[i, seen] = torch.where(values > 0, values / penalty, values * penalty)
-        if too_short:
-            adjusted[i, sorted(eos_token_ids | set(sampling.stop_token_ids))] = -torch.inf
+        if line.too_short:
+            adjusted[i, _upload(sorted(eos_token_ids | set(sampling.stop_token_ids)), logits)] = -torch.inf
     return adjusted
 
 
-def _draw(logits: Tensor, rows: list[PlanRow], slots: list[tuple[int, int]]) -> Tensor:
-    """One token for each (row, answer) slot: temperature, then top-k, top-p and min-p, then the draw."""
-    params = [rows[i].request.sampling for i, _ in slots]
+def _draw_random(logits: Tensor, slots: list[tuple[Line, int]]) -> Tensor:
+    """One token for each (line, answer) slot, whose logits stand in its row of `logits`: temperature, then top-k,
+    top-p and min-p, then the draw."""
+    params = [line.row.request.sampling for line, _ in slots]
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
+        return _upload(values, logits, torch.float32).unsqueeze(1)
 
-    picked = logits[torch.tensor([i for i, _ in slots], device=logits.device)]
     temperature = column([p.temperature for p in params]).clamp_(min=torch.finfo(torch.float32).tiny)
-    scaled = (picked - picked.amax(dim=-1, keepdim=True)) / temperature  # the best is 0, so that nothing overflows
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the best is 0, so that nothing overflows
     ordered, token_ids = scaled.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ordered.shape[1], device=logits.device)
     ordered = ordered.masked_fill(rank >= column([p.top_k or ordered.shape[1] for p in params]), -torch.inf)
@@ -92,32 +183,22 @@ def _draw(logits: Tensor, rows: list[PlanRow], slots: list[tuple[int, int]]) -> 
     keep &= probs > 0  # what top-k or min_tokens has cut off
     keep[:, 0] = True
     mass = (probs * keep).cumsum(dim=-1)
-    points = column([_uniform_for(rows[i], answer) for i, answer in slots]) * mass[:, -1:]
+    points = column([_uniform_for(line, answer) for line, answer in slots]) * mass[:, -1:]
     position = torch.searchsorted(mass, points, right=True).clamp_(max=mass.shape[1] - 1)
     position = torch.minimum(position, keep.sum(dim=-1, keepdim=True) - 1)  # rounding must not pass the last kept
     return token_ids.gather(1, position).squeeze(1)
 
 
-def _uniform_for(row: PlanRow, answer: int) -> float:
-    return uniform(row.request.seed, row.sequence.index + answer, row.sequence.num_output)
+def _uniform_for(line: Line, answer: int) -> float:
+    return uniform(line.row.request.seed, line.row.sequence.index + answer, line.position)
 
 
-def _collect(rows: list[PlanRow], broken: list[bool], tokens: list[int], chosen: list[float],
-             logprobs: Tensor) -> list[RowResult]:
-    results = []
-    start = 0
-    for i, row in enumerate(rows):
-        stop = start + row.num_samples
-        if broken[i]:
-            results.append(RowResult(error="the model's logits held NaN or infinity"))
-        else:
-            results.append(RowResult(tokens[start:stop], chosen[start:stop], _top(logprobs[i], row.num_top)))
-        start = stop
-    return results
+def _upload(values: list, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A list as a tensor where `like` is, without waiting for the device to get there."""
+    if like.device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(like.device, non_blocking=True)
 
 
-def _top(logprobs: Tensor, k: int) -> list[tuple[int, float]]:
-    if k == 0:
-        return []
-    values, token_ids = logprobs.topk(min(k, logprobs.shape[0]))
-    return list(zip(token_ids.tolist(), values.tolist(), strict=True))
+def _download(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

@@ -216,9 +216,12 @@ class Scheduler:
             return None
         draws = count()
         for row in plan.rows:
+            draw = next(draws) if row.num_samples else None
+            if row.sequence.finished:
+                continue  # it ended in the step before, or was cancelled: what it draws is for nobody
             row.sequence.num_computed += row.num_new
-            if row.num_samples:
-                row.sequence.await_token(next(draws))
+            if draw is not None:
+                row.sequence.await_token(draw)
                 row.sequence.move_to(Phase.DECODE)
         plan.run_ahead = True
         return self.schedule()
@@ -226,7 +229,7 @@ class Scheduler:
     def _may_run_ahead(self, plan: StepPlan) -> bool:
         live = [sequence for entry in self.running for sequence in entry.group.live]
         return (
-            all(row.num_samples <= 1 and not row.sequence.finished for row in plan.rows)
+            all(row.num_samples <= 1 for row in plan.rows)
             and all(self._is_plain(entry.group) for entry in self.running)
             and self.manager.num_free_blocks >= len(live)  # one block each is the most a decode takes
         )
@@ -235,7 +238,7 @@ class Scheduler:
         """Whether all that a step changes in the group is known beforehand, but for the tokens themselves."""
         request = group.request
         return (request.beam is None and request.sampling.repetition_penalty == 1 and not group.handoff
-                and (request.num_answers == 1 or all(self.manager.has_table(sequence) for sequence in group.live)))
+                and (request.num_answers == 1 or all(sequence.phase is Phase.DECODE for sequence in group.live)))
 
     def _ends_with_awaited(self, group: SequenceGroup, sequence: Sequence) -> bool:
         """Whether the token that is being drawn is the sequence's last, whichever it is."""
@@ -346,6 +349,7 @@ class Scheduler:
         if reason is FinishReason.ERROR:
             self.manager.forget(sequence)
         self.manager.free(sequence)
+        sequence.forget_awaited()
         sequence.finish(reason)
 
     def cancel(self, request_id: str, reason: FinishReason, index: int | None = None) -> list[Sequence]:

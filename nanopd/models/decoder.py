@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanopd.block_manager.cache import KVCache
 from nanopd.config import ModelSpec
+from nanopd.models.fused import norm_linear
 from nanopd.models.layers import DecoderLayer, Embedding, Linear, RMSNorm
 from nanopd.models.rope import RotaryEmbedding
 from nanopd.paged_attention.ops import AttentionBatch
@@ -32,9 +32,14 @@ class Decoder(nn.Module):
         tied = spec.tie_word_embeddings
         self.lm_head = None if tied else Linear(spec.hidden_size, spec.vocab_size, **factory)
 
+    @property
+    def head(self) -> Linear | Embedding:
+        """Whose weight turns hidden states into logits."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
     def forward(self, token_ids: Tensor, positions: Tensor, cache: KVCache, batch: AttentionBatch,
                 on_layer: Callable[[int], None] | None = None) -> Tensor:
-        """Run T new tokens: ids and positions [T] -> hidden states [T, hidden], the final norm applied.
+        """Run T new tokens: ids and positions [T] -> the residual stream [T, hidden], before the final norm.
 
         `on_layer(i)` is called once layer i's new K and V are in the cache and its attention is done (on a
         GPU: queued), before its MLP.
@@ -46,9 +51,8 @@ class Decoder(nn.Module):
             if on_layer is not None:
                 on_layer(index)
             hidden = layer.feed_forward(hidden)
-        return self.norm(hidden)
+        return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden] -> [R, vocab], float32."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight).float()
+    def logits(self, x: Tensor) -> Tensor:
+        """[R, hidden] before the final norm -> [R, vocab], in the model's dtype."""
+        return norm_linear(x, self.norm, self.head)

@@ -1,7 +1,6 @@
 """The parts of a decoder layer. Parameters start uninitialised: the loader fills every one of them.
 
-Operations follow Hugging Face's order, casts included, so that tokens agree with its models'.
-`factory` is torch's usual pair of `device` and `dtype`.
+What they compute, and with what, is in fused.py. `factory` is torch's usual pair of `device` and `dtype`.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanopd.config import ModelSpec
-from nanopd.models.rope import apply_rotary
-from nanopd.paged_attention.ops import AttentionBatch, paged_attention, store_kv
+from nanopd.models.fused import linear_add, norm_gate_up, norm_linear, rope_and_store
+from nanopd.paged_attention.ops import AttentionBatch, paged_attention
 
 
 def _parameter(*shape: int, **factory: Any) -> nn.Parameter:
@@ -29,9 +28,6 @@ class Linear(nn.Module):
         self.weight = _parameter(out_features, in_features, **factory)
         self.bias = _parameter(out_features, **factory) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
 
 class FusedLinear(Linear):
     """Several projections of one input as one matrix product.
@@ -43,16 +39,15 @@ class FusedLinear(Linear):
         super().__init__(in_features, sum(parts.values()), bias, **factory)
         self.parts = parts
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.split(super().forward(x), dim=-1)
-
     def split(self, stacked: Tensor, dim: int) -> tuple[Tensor, ...]:
         """Views of the parts of an output, a weight or a bias."""
         return stacked.split(list(self.parts.values()), dim)
 
 
 class Embedding(nn.Module):
-    """Token ids [T] -> [T, hidden]."""
+    """Token ids [T] -> [T, hidden]. Where a model ties its embeddings, their weight also makes the logits."""
+
+    bias = None
 
     def __init__(self, vocab_size: int, hidden_size: int, **factory: Any) -> None:
         super().__init__()
@@ -70,14 +65,9 @@ class RMSNorm(nn.Module):
         self.weight = _parameter(size, **factory)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
-
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """x + down(silu(gate(h)) * up(h)), where h is the normalised x."""
 
     def __init__(self, spec: ModelSpec, **factory: Any) -> None:
         super().__init__()
@@ -85,17 +75,16 @@ class MLP(nn.Module):
         self.gate_up_proj = FusedLinear(spec.hidden_size, parts, spec.mlp_bias, **factory)
         self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, spec.mlp_bias, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x)
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return linear_add(norm_gate_up(x, norm, self.gate_up_proj), self.down_proj, x)
 
 
 class Attention(nn.Module):
-    """Self-attention through the paged cache: stores the new tokens' K and V, then attends."""
+    """x + self-attention of the normalised x, through the paged cache: stores the new tokens' K and V, then attends."""
 
     def __init__(self, spec: ModelSpec, **factory: Any) -> None:
         super().__init__()
-        self.head_dim = spec.head_dim
+        self.num_heads = spec.num_heads
         self.scale = spec.head_dim**-0.5
         query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         parts = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
@@ -104,14 +93,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps, **factory) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps, **factory) if spec.qk_norm else None
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor],
+    def forward(self, x: Tensor, norm: RMSNorm, rotation: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor],
                 batch: AttentionBatch) -> Tensor:
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x))
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = apply_rotary(query, rotation), apply_rotary(key, rotation)
-        store_kv(key, value, *kv, batch.slot_mapping)
-        return self.o_proj(paged_attention(query, *kv, batch, self.scale).flatten(1))
+        qkv = norm_linear(x, norm, self.qkv_proj)
+        norms = (self.q_norm, self.k_norm) if self.q_norm is not None and self.k_norm is not None else None
+        query = rope_and_store(qkv, rotation, norms, self.num_heads, kv, batch.slot_mapping)
+        return linear_add(paged_attention(query, *kv, batch, self.scale).flatten(1), self.o_proj, x)
 
 
 class DecoderLayer(nn.Module):
@@ -126,7 +113,7 @@ class DecoderLayer(nn.Module):
 
     def attend(self, x: Tensor, rotation: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor],
                batch: AttentionBatch) -> Tensor:
-        return x + self.self_attn(self.input_layernorm(x), rotation, kv, batch)
+        return self.self_attn(x, self.input_layernorm, rotation, kv, batch)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.mlp(x, self.post_attention_layernorm)

@@ -20,8 +20,18 @@ class RotaryEmbedding(nn.Module):
         inv_freq, self.attention_factor = inverse_frequencies(spec)
         # empty(0) tells torch's default device where none is given
         self.register_buffer("inv_freq", inv_freq.to(torch.empty(0, device=device).device), persistent=False)
+        self.max_position = spec.max_position
+        self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if not positions.is_cuda:
+            return self._rotation(positions, dtype)
+        if dtype not in self._tables:  # on a GPU looking them up is two short kernels instead of nine
+            self._tables[dtype] = self._rotation(torch.arange(self.max_position, device=positions.device), dtype)
+        cos, sin = self._tables[dtype]
+        return cos[positions], sin[positions]
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = positions[:, None].float() * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor

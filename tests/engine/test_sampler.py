@@ -31,7 +31,7 @@ def make_row(params: SamplingParams, seed: int = 0, prompt: list[int] = (1, 2, 3
         sequence.append_token(token)
     request = Request("r", list(prompt), params, beam=beam, seed=seed)
     num_samples = (1 if output else params.n) if num_samples is None else num_samples
-    return PlanRow(sequence, request, 1, 0, [0], num_samples=num_samples, num_top=num_top)
+    return PlanRow(sequence, request, 1, len(sequence) - 1, [0], num_samples=num_samples, num_top=num_top)
 
 
 def random_logits(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:

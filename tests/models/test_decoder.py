@@ -102,10 +102,10 @@ def test_on_layer_follows_the_store_of_each_layer(tmp_path, cached):
     assert stored == [(0, [True, False, False]), (1, [True, True, False]), (2, [True, True, True])]
 
 
-def test_logits_are_float32_in_any_dtype(tmp_path, cached):
+def test_logits_come_in_the_models_dtype(tmp_path, cached):
     make_checkpoint(tmp_path, tie=True)
     decoder = load_model(tmp_path, device="cpu", dtype=torch.bfloat16)
-    assert cached(decoder).run({0: [1, 2]}).dtype == torch.float32
+    assert cached(decoder).run({0: [1, 2]}).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name, billions", [("qwen3-8b", 8.19), ("qwen3-0.6b", 0.596), ("qwen2-1.5b", 1.544),

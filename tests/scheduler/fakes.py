@@ -8,12 +8,14 @@ changes every number after it, and the next token with them. Rows are checked ag
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 from nanopd.block_manager.manager import BlockSpaceManager
 from nanopd.config import CacheConfig, SchedulerConfig
-from nanopd.core import FinishReason, Phase, Request, RowResult, StepResult
+from nanopd.core import FinishReason, Phase, Request, RowResult, StepPlan, StepResult
 from nanopd.engine.engine import Engine
 from nanopd.engine.limits import Limits
 from nanopd.engine.scheduler import Scheduler
@@ -105,6 +107,29 @@ class Breakdown(RuntimeError):
     """What a broken runner raises."""
 
 
+class NotedRow:
+    """A row as it was when its step was handed over: the sequence goes on while the step runs."""
+
+    def __init__(self, row):
+        self.sequence = row.sequence
+        self.token_ids = row.sequence.token_ids[: row.num_cached + row.num_new]
+        self.num_cached = row.num_cached
+        self.block_table = list(row.block_table)
+        self.checked = True  # whether what it reads must be right
+
+
+@dataclass
+class Job:
+    """A step that a runner has been given."""
+
+    plan: StepPlan
+    copies: list
+    rows: list[NotedRow]
+    before: Job | None = None  # the step launched before it, whose draws its placeholders stand for
+    result: StepResult | None = None
+    draws: list[int] = field(default_factory=list)
+
+
 class FakeRunner:
     """Carries plans out in a FakeCache. `faults` lists what was wrong with them: an engine would swallow a raise.
 
@@ -123,17 +148,24 @@ class FakeRunner:
         self.counts = Counter()
 
     def execute(self, plan, on_layer=None):
+        return self._run(self._note(plan), on_layer)
+
+    def _note(self, plan):
+        """All that the step needs to know, as it is now."""
         self.plans.append(plan)
         self._check_plan(plan)
+        return Job(plan, list(plan.copies), [NotedRow(row) for row in plan.rows])
+
+    def _run(self, job, on_layer=None):
         self._maybe_break("start")
-        self.cache.copy_blocks(plan.copies, self.scheduler.manager.block_size)
+        self.cache.copy_blocks(job.copies, self.scheduler.manager.block_size)
         for layer in range(len(self.cache.layers)):
-            keys = [self._run_row(row, layer) for row in plan.rows]
+            keys = [self._run_row(row, layer) for row in job.rows]
             if on_layer is not None:
                 on_layer(layer)
             self._maybe_break("middle")
         self._maybe_break("end")
-        return StepResult([self._draw(row, key) for row, key in zip(plan.rows, keys, strict=True)])
+        return StepResult([self._draw(row, key) for row, key in zip(job.plan.rows, keys, strict=True)])
 
     def _maybe_break(self, moment):
         if self.break_at == moment:
@@ -142,15 +174,17 @@ class FakeRunner:
             raise self.break_with(f"the runner broke at the {moment}")
 
     def _run_row(self, row, layer):
+        """The key of the row's last token."""
         cache, size = self.cache.layers[layer], self.scheduler.manager.block_size
         key, truth = None, None
-        for position, token in enumerate(row.sequence.token_ids[: row.num_cached + row.num_new]):
+        for position, token in enumerate(row.token_ids):
             slot = row.block_table[position // size], position % size
             truth = key_after(truth, token, layer)
             if position >= row.num_cached:
                 cache[slot] = key_after(key, token, layer)
             key = cache.get(slot)
-            self._require(key == truth, f"{row.sequence} reads position {position} wrong in block {slot[0]}")
+            self._require(key == truth or not row.checked,
+                          f"{row.sequence} reads position {position} wrong in block {slot[0]}")
         return key
 
     def _draw(self, row, key):
@@ -208,13 +242,65 @@ class FakeRunner:
             self.faults.append(fault)
 
 
+class LaunchingRunner(FakeRunner):
+    """A device that works on its own, as late as it can: a step runs when its result is asked for, after all those launched
+    before it. It knows what it was given at the launch, and for a placeholder what the step launched before has drawn.
+
+    `break_at` may be "launch" too.
+    """
+
+    def __init__(self, scheduler, num_layers=1):
+        super().__init__(scheduler, num_layers)
+        self._queue = deque()
+        self._last = None
+
+    def launch(self, plan, on_layer=None):
+        job = self._note(plan)
+        job.before, self._last = self._last, None
+        self._check_placeholders(job)
+        self._maybe_break("launch")
+        self._queue.append(job)
+        self._last = job
+        return partial(self._wait, job, on_layer)
+
+    def _check_placeholders(self, job):
+        before = job.before
+        num_draws = sum(row.num_draws for row in before.plan.rows) if before else 0
+        for row, noted in zip(job.plan.rows, job.rows, strict=True):
+            unknown = [token for token in noted.token_ids if token < 0]
+            self.counts["ahead"] += len(unknown)
+            self._require(all(-1 - token < num_draws for token in unknown), f"{row.sequence} waits for a draw that nobody makes")
+            self._require(all(token >= 0 for token in noted.token_ids[:-1]), f"{row.sequence} waits for more than one token")
+            plain = row.request.beam is None and row.request.sampling.repetition_penalty == 1
+            self._require(plain or not unknown, f"{row.sequence} draws by what it has written, and does not know it")
+
+    def _wait(self, job, on_layer):
+        self._maybe_break("start")  # the device will carry it out all the same
+        while job.result is None:
+            self._run_next(self._queue.popleft(), on_layer, awaited=job)
+        return job.result
+
+    def _run_next(self, job, on_layer, awaited):
+        """A step that nobody waits for any more was taken back: it may read what is no longer there."""
+        for row in job.rows:
+            row.token_ids = [token if token >= 0 else job.before.draws[-1 - token] for token in row.token_ids]
+            row.checked = job is awaited and not row.sequence.finished
+        job.before = None
+        # What a device leaves where its draws should be, if the step breaks:
+        job.draws = [VOCAB] * sum(row.num_draws for row in job.plan.rows)
+        job.result = self._run(job, on_layer)
+        job.draws = [token for row, drawn in zip(job.plan.rows, job.result.rows, strict=True)
+                     for token in drawn.token_ids or [VOCAB] * row.num_draws]
+
+
 def make_engine(num_blocks=32, block_size=4, *, caching=True, watermark=0.0, max_num_seqs=8, budget=32, chunk=None,
-                max_model_len=64, num_layers=1, eos=(EOS,)):
-    """An engine around a FakeRunner."""
+                max_model_len=64, num_layers=1, eos=(EOS,), ahead=False):
+    """An engine around a FakeRunner; `ahead`: around one that launches."""
     manager = BlockSpaceManager.from_config(CacheConfig(num_blocks, block_size, caching, watermark))
     scheduler = Scheduler(SchedulerConfig(max_num_seqs, budget, chunk, max_model_len), manager, eos)
     limits = Limits(VOCAB, max_model_len, num_blocks, block_size, max_num_seqs)
-    return Engine(FakeRunner(scheduler, num_layers), scheduler, limits)
+    runner = LaunchingRunner if ahead else FakeRunner
+    return Engine(runner(scheduler, num_layers), scheduler, limits)
 
 
 # ------------------------------------------------------------------------------------------------- the checks

@@ -1,5 +1,7 @@
 """Any order of requests, steps, cancels and faults, on an engine whose model is a dict.
 
+Half the runs have a runner that launches, so that the engine plans a step before the one before it has ended.
+
 After every move: the block manager's books balance, every row has read exactly its own context from the cache, no
 budget was passed, and nobody was preempted while a younger request ran. At the end: every answer has ended exactly
 once, with the very tokens that an undisturbed model draws, and every block is free.
@@ -25,11 +27,11 @@ from scheduler.fakes import (
     assert_engine_is_empty,
     assert_nothing_left,
     assert_plans_were_sound,
-    drain,
+    expected_answer,
     make_engine,
 )
 
-from nanopd.core import BeamSearchParams, InvalidRequest, Phase, Request, SamplingParams
+from nanopd.core import BeamSearchParams, FinishReason, InvalidRequest, Phase, Request, SamplingParams
 
 moves = Counter()  # how often each thing happened: the tests below ask that enough of it did
 picks = st.integers(0, 10**6)
@@ -51,7 +53,8 @@ def asked(draw):
     n = draw(st.sampled_from([1, 1, 2, 3]))
     stops = draw(st.sampled_from([(), (), (3,), (3, 4)]))
     return SamplingParams(n=n, temperature=0 if n == 1 else 1, max_tokens=max_tokens, stop_token_ids=stops,
-                          ignore_eos=draw(st.sampled_from([True, True, False])), min_tokens=draw(st.integers(0, min(3, max_tokens))))
+                          ignore_eos=draw(st.sampled_from([True, True, False])), min_tokens=draw(st.integers(0, min(3, max_tokens))),
+                          repetition_penalty=draw(st.sampled_from([1, 1, 1, 1.5])))
 
 
 def work_of(request, max_len):
@@ -69,28 +72,30 @@ class EngineMachine(RuleBasedStateMachine):
         spare_budget=st.sampled_from([0, 2, 30]),
         chunk=st.sampled_from([None, None, 1, 3]),
         max_model_len=st.sampled_from([12, 40]),
+        ahead=st.booleans(),
     )
-    def set_up(self, num_tokens, block_size, caching, watermark, max_num_seqs, spare_budget, chunk, max_model_len):
+    def set_up(self, num_tokens, block_size, caching, watermark, max_num_seqs, spare_budget, chunk, max_model_len, ahead):
         self.engine = make_engine(-(-num_tokens // block_size), block_size, caching=caching, watermark=watermark, max_num_seqs=max_num_seqs,
-                                  budget=max_num_seqs + spare_budget, chunk=chunk, max_model_len=max_model_len)
+                                  budget=max_num_seqs + spare_budget, chunk=chunk, max_model_len=max_model_len, ahead=ahead)
         self.scheduler, self.runner = self.engine.scheduler, self.engine.runner
         self.ledger = Ledger(self.scheduler.max_len)
+        self.seen = []  # every sequence that a plan has named
 
-    @rule(prompt=prompts(), params=asked())
-    def add(self, prompt, params):
-        self.add_request(prompt, params)
+    @rule(prompt=prompts(), params=asked(), handoff=st.sampled_from([False, False, False, True]))
+    def add(self, prompt, params, handoff):
+        self.add_request(prompt, params, handoff)
 
     @rule(prompt=prompts(), params=asked(), times=st.integers(2, 4))
     def add_several(self, prompt, params, times):
         for _ in range(times):
             self.add_request(prompt, params)
 
-    def add_request(self, prompt, params):
+    def add_request(self, prompt, params, handoff=False):
         is_beam = isinstance(params, BeamSearchParams)
         request = Request(str(len(self.ledger.requests)), prompt, SamplingParams() if is_beam else params,
                           beam=params if is_beam else None)
         try:
-            self.engine.add(request)
+            self.engine.add(request, handoff=handoff)
         except InvalidRequest:
             moves["refused for ever"] += 1
             return
@@ -101,7 +106,9 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self, times):
         for _ in range(times):
             moves["step"] += 1
+            num_plans = len(self.runner.plans)
             self.ledger.take(self.engine.step())
+            self.seen += [row.sequence for plan in self.runner.plans[num_plans:] for row in plan.rows]
             assert_plans_were_sound(self.runner)
 
     def a_request(self, index):
@@ -125,7 +132,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert [event.index for event in events] in ([], [answer])
 
     @precondition(lambda self: self.ledger.open)
-    @rule(moment=st.sampled_from(["start", "middle", "end"]))
+    @rule(moment=st.sampled_from(["launch", "start", "middle", "end"]))
     def break_a_step(self, moment):
         self.runner.break_at = moment
         before = self.runner.counts["raises"]
@@ -134,7 +141,7 @@ class EngineMachine(RuleBasedStateMachine):
         moves["raise"] += self.runner.counts["raises"] - before
 
     @precondition(lambda self: self.engine.has_work)
-    @rule(moment=st.sampled_from(["start", "middle", "end"]))
+    @rule(moment=st.sampled_from(["launch", "start", "middle", "end"]))
     def interrupt_a_step(self, moment):
         """Ctrl-C: nobody ends, and everybody still gets the right tokens."""
         self.runner.break_at, self.runner.break_with = moment, KeyboardInterrupt
@@ -155,6 +162,19 @@ class EngineMachine(RuleBasedStateMachine):
         self.runner.spoiled = set()
         moves["row error"] += self.runner.counts["row errors"] - before
 
+    @precondition(lambda self: self.scheduler.handed_off)
+    @rule()
+    def kv_has_travelled(self):
+        """Those that were handed on leave: what comes after their first token is another worker's affair."""
+        for request_id, group in list(self.scheduler.handed_off.items()):
+            request = self.ledger.requests[request_id]
+            for sequence in self.scheduler.first_tokens(request_id) if request.beam is None else ():
+                first = expected_answer(request, sequence.index, self.scheduler.max_len)[0][:1]
+                assert sequence.output_token_ids == first
+            self.ledger.ends.update({(request_id, index): FinishReason.ABORT for index in group.open_answers})
+            self.scheduler.release_handed_off(request_id)
+            moves["handed on"] += 1
+
     @precondition(lambda self: len(self.ledger.open) > 3)
     @rule()
     def let_all_end(self):
@@ -163,7 +183,13 @@ class EngineMachine(RuleBasedStateMachine):
     def drain(self):
         """The eldest that runs gets on in every step, and starts over only when an elder one comes in."""
         work = [work_of(self.ledger.requests[request_id], self.scheduler.max_len) for request_id in self.ledger.open]
-        steps = drain(self.engine, self.ledger, max_steps=2 * sum(work) + 1)
+        self.kv_has_travelled()
+        steps = 0
+        while self.engine.has_work:
+            assert steps <= 2 * sum(work), f"not done after {steps} steps: {self.scheduler.waiting} {self.scheduler.running}"
+            self.step(1)
+            self.kv_has_travelled()
+            steps += 1
         moves["drained"] += 1
         moves["drained steps"] += steps
         moves["worst drain, percent of the work"] = max(
@@ -176,7 +202,8 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def the_books_balance(self):
         self.scheduler.manager.check()
-        assert set(self.ledger.open) == {entry.group.request_id for entry in (*self.scheduler.waiting, *self.scheduler.running)}
+        served = {entry.group.request_id for entry in (*self.scheduler.waiting, *self.scheduler.running)}
+        assert set(self.ledger.open) == served | set(self.scheduler.handed_off)
         if not self.ledger.open:
             assert_nothing_left(self.scheduler.manager)
 
@@ -191,6 +218,10 @@ class EngineMachine(RuleBasedStateMachine):
             assert self.scheduler.manager.has_table(entry.group.live[0])
 
     @invariant()
+    def every_token_is_known_between_steps(self):
+        assert all(token >= 0 for sequence in self.seen for token in sequence.token_ids)
+
+    @invariant()
     def seats_are_enough(self):
         assert self.scheduler.num_seats_taken <= self.scheduler.config.max_num_seqs
 
@@ -198,16 +229,18 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         self.drain()
+        self.every_token_is_known_between_steps()
         self.ledger.assert_every_answer_ended_once()
         self.ledger.assert_tokens_are_right()
         moves["preempted"] += self.runner.counts["preemptions"]
         moves["copies"] += self.runner.counts["copies"]
+        moves["planned ahead"] += self.runner.counts["ahead"]
         moves["prefill and decode in one step"] += self.runner.counts["shared steps"]
         moves["prefix hits"] += self.scheduler.manager.counters.hits
 
 
 EVERY_MOVE = {"n=1", "n=2", "n=3", "beams", "step", "preempted", "cancel", "cancel one", "raise", "interrupt", "row error", "copies",
-              "prefill and decode in one step", "prefix hits", "refused for ever"}
+              "prefill and decode in one step", "prefix hits", "refused for ever", "handed on", "planned ahead"}
 
 
 def run_machine(examples, **options):

@@ -1,0 +1,244 @@
+"""The runner for a GPU: steps are queued and not waited for, and decode steps are replayed as CUDA graphs.
+
+A step's launches take the CPU longer than a small step takes the GPU. So a step of decodes alone is recorded once for
+each batch size, as a CUDA graph, and replayed with new inputs; and `launch` returns before the GPU is done, so that
+the next step is planned and queued meanwhile. The one synchronisation of a step is the wait for its tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanopd.block_manager.cache import KVCache
+from nanopd.core import PlanRow, StepPlan, StepResult
+from nanopd.engine.engine import OnLayer
+from nanopd.engine.runner import ModelRunner, drawing_tokens, positions, slots
+from nanopd.engine.sampler import Draws, draw, is_greedy
+from nanopd.models.decoder import Decoder
+from nanopd.paged_attention import cuda
+from nanopd.paged_attention.ops import AttentionBatch
+
+STEPS_IN_FLIGHT = 3  # one runs, one waits behind it, one is being prepared
+
+
+class CudaRunner(ModelRunner):
+    """Runs plans on the model's GPU.
+
+    Args:
+        max_num_seqs: the most rows a plan may have.
+        max_len: the most tokens a row may have in the cache.
+        enforce_eager: no CUDA graphs.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache, eos_token_ids: tuple[int, ...] = (), *, max_num_seqs: int,
+                 max_len: int, enforce_eager: bool = False) -> None:
+        super().__init__(model, cache, eos_token_ids)
+        self.device = cache.data.device
+        self.tables = BlockTables(max_num_seqs, -(-max_len // cache.block_size), self.device)
+        self.inputs = DecodeInputs(max_num_seqs, self.device)
+        self.last_drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
+        self.graphs: dict[int, DecodeGraph] = {}
+        if not enforce_eager and cuda.usable(model.head.weight):
+            self._record_graphs(max_num_seqs)
+
+    def execute(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
+        return self.launch(plan, on_layer)()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Callable[[], StepResult]:
+        """Queue a step. The function returned waits for it and gives its result; `duration` is the GPU's time."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.cache.copy_blocks(plan.copies)
+        self.tables.update(plan)
+        graph = None if on_layer else self._graph_for(plan)
+        draws = self._run_eagerly(plan, on_layer) if graph is None else self._replay(graph, plan)
+        draws = draws.to_host()
+        end.record()
+
+        def wait() -> StepResult:
+            end.synchronize()
+            return StepResult(draws.collect(plan.rows), start.elapsed_time(end) / 1000)
+
+        return wait
+
+    def _run_eagerly(self, plan: StepPlan, on_layer: OnLayer | None) -> Draws:
+        query_lens = [row.num_new for row in plan.rows]
+        context_lens = [row.num_cached + row.num_new for row in plan.rows]
+        starts = torch.tensor([0, *query_lens]).cumsum(0).tolist()
+        batch = AttentionBatch(
+            self._upload(slots(plan, self.cache.block_size)), self.tables.rows(len(plan.rows)), query_lens, context_lens,
+            contexts=self._upload(context_lens, torch.int32), starts=self._upload(starts, torch.int32))
+        token_ids = self._upload([token for row in plan.rows for token in row.token_ids])
+        token_ids = self._fill_in(token_ids)
+        hidden = self.model(token_ids, self._upload(positions(plan)), self.cache, batch, on_layer)
+        drawing = drawing_tokens(plan)
+        if not drawing:
+            return Draws.nothing(self.device)
+        draws = draw(self.model.logits(hidden[self._upload(drawing)]), plan.rows, self.eos_token_ids)
+        self.last_drawn[: len(draws.token_ids)] = draws.token_ids[: len(self.last_drawn)]
+        return draws
+
+    # ------------------------------------------------------------------------------------------------- graphs
+
+    def _record_graphs(self, max_num_seqs: int) -> None:
+        """Largest first: the smaller ones find room in the memory of those before them."""
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(batch_sizes(max_num_seqs)):
+            self.graphs[size] = DecodeGraph.record(lambda size=size: self._decode(size), pool)
+        self._sizes = sorted(self.graphs)
+
+    def _graph_for(self, plan: StepPlan) -> DecodeGraph | None:
+        """The smallest graph that holds the plan's rows, if they all decode."""
+        if not self.graphs or any(row.num_new != 1 or row.num_samples != 1 for row in plan.rows):
+            return None
+        return self.graphs[self._sizes[bisect_left(self._sizes, len(plan.rows))]]
+
+    def _replay(self, graph: DecodeGraph, plan: StepPlan) -> Draws:
+        self.inputs.fill(plan.rows, slots(plan, self.cache.block_size), graph.size)
+        graph.graph.replay()
+        if is_greedy(plan.rows):
+            return graph.draws.first(len(plan.rows))
+        draws = draw(graph.logits[: len(plan.rows)], plan.rows, self.eos_token_ids)
+        self.last_drawn[: len(plan.rows)] = draws.token_ids
+        return draws
+
+    def _decode(self, size: int) -> tuple[Tensor, Draws]:
+        """What a graph holds: a step of `size` decodes, from the inputs' buffers to the likeliest tokens."""
+        inputs = self.inputs
+        batch = AttentionBatch(inputs.slots[:size], self.tables.rows(size), [1] * size, [1] * size,
+                               contexts=inputs.contexts[:size])
+        hidden = self.model(self._fill_in(inputs.token_ids[:size]), inputs.positions[:size], self.cache, batch)
+        logits = self.model.logits(hidden)
+        draws = Draws(*cuda.greedy_sample(logits))
+        self.last_drawn[:size] = draws.token_ids
+        return logits, draws
+
+    def _fill_in(self, token_ids: Tensor) -> Tensor:
+        """Put in the tokens that the step before drew, where the plan has a placeholder for them: -1 - draw."""
+        return torch.where(token_ids < 0, self.last_drawn[(-1 - token_ids).clamp_(min=0)], token_ids)
+
+    def _upload(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, pin_memory=True).to(self.device, non_blocking=True)
+
+
+def batch_sizes(max_num_seqs: int) -> list[int]:
+    """Those that graphs are recorded for: close enough that rows of padding cost little."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 64)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+@dataclass
+class DecodeGraph:
+    """A recorded decode step. A replay reads the runner's input buffers and overwrites `logits` and `draws`."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor
+    draws: Draws
+
+    @classmethod
+    def record(cls, step: Callable[[], tuple[Tensor, Draws]], pool: tuple[int, int]) -> DecodeGraph:
+        with torch.inference_mode():
+            step()  # libraries choose and allocate at their first call, which a recording must not contain
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                logits, draws = step()
+        return cls(graph, logits, draws)
+
+    @property
+    def size(self) -> int:
+        return len(self.logits)
+
+
+class DecodeInputs:
+    """A decode step's inputs: buffers on the GPU at fixed addresses, filled in one copy.
+
+    token_ids, positions, slots int64 [n]; contexts int32 [n]. What is written on the host must stay until the GPU has
+    copied it, so steps take turns with a few buffers there.
+    """
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self._n = n
+        self._on_gpu = torch.zeros(28 * n, dtype=torch.uint8, device=device)
+        self.token_ids, self.positions, self.slots, self.contexts = self._views(self._on_gpu)
+        self.slots.fill_(-1)  # as recorded: nothing is stored and nothing is read
+        self._turns = [_Turn(torch.zeros(28 * n, dtype=torch.uint8, pin_memory=True)) for _ in range(STEPS_IN_FLIGHT)]
+
+    def fill(self, rows: list[PlanRow], slots: list[int], size: int) -> None:
+        """Set the inputs to a plan's decodes, and up to `size` to rows of padding."""
+        turn = self._turns[0]
+        self._turns.append(self._turns.pop(0))
+        turn.copied.synchronize()
+        token_ids, positions, slot_mapping, contexts = (view.numpy() for view in self._views(turn.buffer))
+        n = len(rows)
+        token_ids[:n] = [row.sequence.token_ids[row.num_cached] for row in rows]
+        positions[:n] = [row.num_cached for row in rows]
+        slot_mapping[:n] = slots
+        contexts[:n] = positions[:n] + 1
+        token_ids[n:size] = positions[n:size] = contexts[n:size] = 0
+        slot_mapping[n:size] = -1
+        self._on_gpu.copy_(turn.buffer, non_blocking=True)
+        turn.copied.record()
+
+    def _views(self, buffer: Tensor) -> list[Tensor]:
+        """token_ids, positions, slots, contexts."""
+        n = self._n
+        longs = buffer[: 24 * n].view(torch.int64)
+        return [longs[:n], longs[n : 2 * n], longs[2 * n :], buffer[24 * n :].view(torch.int32)]
+
+
+class _Turn:
+    """A buffer on the host, and when the GPU is done with it."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self.copied = torch.cuda.Event()
+
+
+class BlockTables:
+    """The block tables of a step's rows on the GPU, int32 [rows, width]. Only what has changed is sent there."""
+
+    def __init__(self, max_rows: int, width: int, device: torch.device) -> None:
+        self._data = torch.zeros(max_rows, width, dtype=torch.int32, device=device)
+        self._known: list[_KnownRow | None] = [None] * max_rows
+
+    def rows(self, count: int) -> Tensor:
+        return self._data[:count]
+
+    def update(self, plan: StepPlan) -> None:
+        if plan.preempted:  # who comes back has other blocks
+            self._known = [None] * len(self._known)
+        width = self._data.shape[1]
+        places: list[int] = []
+        blocks: list[int] = []
+        for number, row in enumerate(plan.rows):
+            known = self._known[number]
+            start = known.num_blocks if known is not None and known.continues_in(row) else 0
+            count = len(row.block_table)
+            if start < count:
+                places += range(number * width + start, number * width + count)
+                blocks += row.block_table[start:]
+            self._known[number] = _KnownRow(row.sequence.seq_id, row.num_cached + row.num_new, count)
+        if places:
+            indices = torch.tensor(places, pin_memory=True).to(self._data.device, non_blocking=True)
+            values = torch.tensor(blocks, dtype=torch.int32, pin_memory=True).to(self._data.device, non_blocking=True)
+            self._data.view(-1).index_copy_(0, indices, values)
+
+
+@dataclass(frozen=True)
+class _KnownRow:
+    """What a row of the tables holds on the GPU."""
+
+    seq_id: int
+    num_tokens: int
+    num_blocks: int
+
+    def continues_in(self, row: PlanRow) -> bool:
+        """Whether the row is the same sequence a step later, with no block replaced."""
+        return row.sequence.seq_id == self.seq_id and row.num_cached == self.num_tokens and not row.copies

@@ -1,0 +1,5 @@
+"""Placeholder until the kernels' wrappers are here."""
+
+
+def usable(x) -> bool:
+    return False
