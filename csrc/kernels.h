@@ -55,6 +55,27 @@ cudaError_t rope_and_store(void* qkv, const void* cos, const void* sin, const vo
                            float eps, const PagedCache& cache, const int64_t* slot_mapping, int num_tokens, int heads,
                            cudaStream_t stream);
 
+// ----------------------------------------------------------------------------------------------- embed.cu
+
+// For each of num_tokens tokens: out = weight[id] (weight [vocab, hidden_size]), and cos, sin = the rows of the tables
+// [max_position, head_dim] at its position. An id below zero stands for last_drawn[-1 - id], a token that the step
+// before drew and the host does not know yet.
+struct EmbedArguments {
+    void* out;
+    void* cos;
+    void* sin;
+    const int64_t* token_ids;
+    const int64_t* positions;
+    const int64_t* last_drawn;
+    const void* weight;
+    const void* cos_table;
+    const void* sin_table;
+    int num_tokens;
+    int hidden_size;
+    int head_dim;
+};
+cudaError_t embed(const EmbedArguments& arguments, DType dtype, cudaStream_t stream);
+
 // --------------------------------------------------------------------------------------------- sampling.cu
 
 // For each row of logits [rows, vocab], in the dtype given: the likeliest token (the first of equals), its
@@ -88,7 +109,7 @@ cudaError_t plan_decode(void* plan, const int* context_lens, int num_rows, int b
 
 // One new token a row (query_starts is ignored). Partial results live in `scratch` between the split and the merge.
 int64_t decode_scratch_bytes(int num_rows, int heads, int head_dim);
-cudaError_t decode_attention(void* out, const void* query, const PagedCache& cache, const Rows& rows, const void* plan,
+cudaError_t decode_attention(void* out, const void* query, const PagedCache& cache, const Rows& rows, void* plan,
                              void* scratch, cudaStream_t stream);
 
 // ------------------------------------------------------------------------------------- prefill_attention.cu

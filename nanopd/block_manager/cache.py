@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanopd.config import ModelSpec
+from nanopd.paged_attention import cuda
 
 
 class KVCache:
@@ -42,20 +43,35 @@ class KVCache:
         """
         if not pairs:
             return
-        sources, destinations = torch.tensor(pairs, device=self.data.device).unbind(1)
-        self.data.index_copy_(2, destinations, self.data.index_select(2, sources))
+        sources, destinations = self._index([source for source, _ in pairs]), self._index([target for _, target in pairs])
+        if cuda.usable(self.data) and {source for source, _ in pairs}.isdisjoint(target for _, target in pairs):
+            cuda.move_blocks(self.data, destinations, self.data, sources)
+        else:
+            self.data.index_copy_(2, destinations, self.data.index_select(2, sources))
 
     def gather(self, layer: int, block_ids: Sequence[int] | Tensor) -> Tensor:
         """A copy of n blocks of one layer: [2, n, block_size, kv_heads, head_dim]."""
-        return self.data[layer].index_select(1, self._index(block_ids))
+        block_ids = self._index(block_ids)
+        if not cuda.usable(self.data):
+            return self.data[layer].index_select(1, block_ids)
+        blocks = self.data.new_empty(2, len(block_ids), *self.data.shape[3:])
+        cuda.move_blocks(blocks, None, self.data[layer], block_ids)
+        return blocks
 
     def scatter(self, layer: int, block_ids: Sequence[int] | Tensor, data: Tensor) -> None:
         """Write what `gather` gave to n blocks of one layer. `data` is on the cache's device, in its dtype."""
-        self.data[layer].index_copy_(1, self._index(block_ids), data)
+        if cuda.usable(self.data):
+            cuda.move_blocks(self.data[layer], self._index(block_ids), data, None)
+        else:
+            self.data[layer].index_copy_(1, self._index(block_ids), data)
 
     def poison(self, block_ids: Sequence[int] | Tensor) -> None:
         """Fill blocks with NaN in all layers, so that whoever reads them shows it. For tests."""
         self.data.index_fill_(2, self._index(block_ids), float("nan"))
 
     def _index(self, block_ids: Sequence[int] | Tensor) -> Tensor:
-        return torch.as_tensor(block_ids, dtype=torch.int64, device=self.data.device)
+        """Ids where the blocks are. On a GPU the host does not wait for the copy."""
+        if isinstance(block_ids, Tensor) or self.data.device.type == "cpu":
+            return torch.as_tensor(block_ids, dtype=torch.int64, device=self.data.device)
+        ids = torch.tensor(list(block_ids), dtype=torch.int64, pin_memory=True)
+        return ids.to(self.data.device, non_blocking=True)
