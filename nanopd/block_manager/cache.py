@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanopd.config import ModelSpec
 from nanopd.paged_attention import cuda
+from nanopd.paged_attention.host import upload
 
 
 class KVCache:
@@ -70,8 +71,6 @@ class KVCache:
         self.data.index_fill_(2, self._index(block_ids), float("nan"))
 
     def _index(self, block_ids: Sequence[int] | Tensor) -> Tensor:
-        """Ids where the blocks are. On a GPU the host does not wait for the copy."""
-        if isinstance(block_ids, Tensor) or self.data.device.type == "cpu":
-            return torch.as_tensor(block_ids, dtype=torch.int64, device=self.data.device)
-        ids = torch.tensor(list(block_ids), dtype=torch.int64, pin_memory=True)
-        return ids.to(self.data.device, non_blocking=True)
+        if isinstance(block_ids, Tensor):
+            return block_ids.to(self.data.device, torch.int64)
+        return upload(list(block_ids), self.data.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from nanopd.engine.runner import ModelRunner, drawing_tokens, positions, slots
 from nanopd.engine.sampler import Draws, draw, is_greedy
 from nanopd.models.decoder import Decoder
 from nanopd.paged_attention import cuda
+from nanopd.paged_attention.host import upload
 from nanopd.paged_attention.ops import AttentionBatch
 
 STEPS_IN_FLIGHT = 3  # one runs, one waits behind it, one is being prepared
@@ -70,17 +72,17 @@ class CudaRunner(ModelRunner):
     def _run_eagerly(self, plan: StepPlan, on_layer: OnLayer | None) -> Draws:
         query_lens = [row.num_new for row in plan.rows]
         context_lens = [row.num_cached + row.num_new for row in plan.rows]
-        starts = torch.tensor([0, *query_lens]).cumsum(0).tolist()
+        starts = [0, *accumulate(query_lens)]
         batch = AttentionBatch(
-            self._upload(slots(plan, self.cache.block_size)), self.tables.rows(len(plan.rows)), query_lens, context_lens,
-            contexts=self._upload(context_lens, torch.int32), starts=self._upload(starts, torch.int32))
-        token_ids = self._upload([token for row in plan.rows for token in row.token_ids])
+            upload(slots(plan, self.cache.block_size), self.device), self.tables.rows(len(plan.rows)), query_lens, context_lens,
+            contexts=upload(context_lens, self.device, torch.int32), starts=upload(starts, self.device, torch.int32))
+        token_ids = upload([token for row in plan.rows for token in row.token_ids], self.device)
         token_ids = self._fill_in(token_ids)
-        hidden = self.model(token_ids, self._upload(positions(plan)), self.cache, batch, on_layer)
+        hidden = self.model(token_ids, upload(positions(plan), self.device), self.cache, batch, on_layer)
         drawing = drawing_tokens(plan)
         if not drawing:
             return Draws.nothing(self.device)
-        draws = draw(self.model.logits(hidden[self._upload(drawing)]), plan.rows, self.eos_token_ids)
+        draws = draw(self.model.logits(hidden[upload(drawing, self.device)]), plan.rows, self.eos_token_ids)
         self.last_drawn[: len(draws.token_ids)] = draws.token_ids[: len(self.last_drawn)]
         return draws
 
@@ -122,9 +124,6 @@ class CudaRunner(ModelRunner):
     def _fill_in(self, token_ids: Tensor) -> Tensor:
         """Put in the tokens that the step before drew, where the plan has a placeholder for them: -1 - draw."""
         return torch.where(token_ids < 0, self.last_drawn[(-1 - token_ids).clamp_(min=0)], token_ids)
-
-    def _upload(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, pin_memory=True).to(self.device, non_blocking=True)
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
@@ -226,9 +225,8 @@ class BlockTables:
                 blocks += row.block_table[start:]
             self._known[number] = _KnownRow(row.sequence.seq_id, row.num_cached + row.num_new, count)
         if places:
-            indices = torch.tensor(places, pin_memory=True).to(self._data.device, non_blocking=True)
-            values = torch.tensor(blocks, dtype=torch.int32, pin_memory=True).to(self._data.device, non_blocking=True)
-            self._data.view(-1).index_copy_(0, indices, values)
+            device = self._data.device
+            self._data.view(-1).index_copy_(0, upload(places, device), upload(blocks, device, torch.int32))
 
 
 @dataclass(frozen=True)

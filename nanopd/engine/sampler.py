@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanopd.core import PlanRow, RowResult
 from nanopd.paged_attention import cuda
+from nanopd.paged_attention.host import download, upload
 
 _MASK = (1 << 64) - 1
 
@@ -62,7 +63,7 @@ class Draws:
         if self.token_ids.device.type == "cpu":
             return self
         fields = (self.token_ids, self.logprobs, self.broken, self.top_ids, self.top_logprobs)
-        return Draws(*(None if field is None else _download(field) for field in fields))  # type: ignore[arg-type]
+        return Draws(*(None if field is None else download(field) for field in fields))  # type: ignore[arg-type]
 
     def collect(self, rows: list[PlanRow]) -> list[RowResult]:
         """A result for each of the plan's rows, read on the host. A row whose logits held a NaN or +inf, or were all
@@ -121,12 +122,12 @@ def draw(logits: Tensor, rows: list[PlanRow], eos_token_ids: frozenset[int]) -> 
     logits = logits.float()
     logprobs = torch.log_softmax(logits, dim=-1)
     adjusted = _adjust(logits, lines, eos_token_ids)
-    line_of_slot = _upload([i for i, _ in slots], logits)
+    line_of_slot = upload([i for i, _ in slots], logits.device)
     tokens = adjusted.argmax(dim=-1)[line_of_slot]
     random = [slot for slot, (i, _) in enumerate(slots) if _is_random(lines[i].row)]
     if random:
         picked = [(lines[i], answer) for i, answer in (slots[slot] for slot in random)]
-        chosen = _upload(random, logits)
+        chosen = upload(random, logits.device)
         tokens[chosen] = _draw_random(adjusted[line_of_slot[chosen]], picked)
     num_top = min(max((row.num_top for row in rows if row.num_samples), default=0), logits.shape[1])
     top = logprobs.topk(num_top) if num_top else (None, None)
@@ -155,12 +156,12 @@ def _adjust(logits: Tensor, lines: list[Line], eos_token_ids: frozenset[int]) ->
         if adjusted is logits:
             adjusted = logits.clone()
         if sampling.repetition_penalty != 1:
-            seen = _upload(sorted(set(sequence.token_ids)), logits)
+            seen = upload(sorted(set(sequence.token_ids)), logits.device)
             values = adjusted[i, seen]
             penalty = sampling.repetition_penalty
             adjusted[i, seen] = torch.where(values > 0, values / penalty, values * penalty)
         if line.too_short:
-            adjusted[i, _upload(sorted(eos_token_ids | set(sampling.stop_token_ids)), logits)] = -torch.inf
+            adjusted[i, upload(sorted(eos_token_ids | set(sampling.stop_token_ids)), logits.device)] = -torch.inf
     return adjusted
 
 
@@ -170,7 +171,7 @@ def _draw_random(logits: Tensor, slots: list[tuple[Line, int]]) -> Tensor:
     params = [line.row.request.sampling for line, _ in slots]
 
     def column(values: list[float]) -> Tensor:
-        return _upload(values, logits, torch.float32).unsqueeze(1)
+        return upload(values, logits.device, torch.float32).unsqueeze(1)
 
     temperature = column([p.temperature for p in params]).clamp_(min=torch.finfo(torch.float32).tiny)
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the best is 0, so that nothing overflows
@@ -192,13 +193,3 @@ def _draw_random(logits: Tensor, slots: list[tuple[Line, int]]) -> Tensor:
 def _uniform_for(line: Line, answer: int) -> float:
     return uniform(line.row.request.seed, line.row.sequence.index + answer, line.position)
 
-
-def _upload(values: list, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A list as a tensor where `like` is, without waiting for the device to get there."""
-    if like.device.type == "cpu":
-        return torch.tensor(values, dtype=dtype)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(like.device, non_blocking=True)
-
-
-def _download(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
