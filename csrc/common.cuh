@@ -37,10 +37,10 @@ cudaError_t dispatch(DType dtype, Function function) {
     return cudaErrorInvalidValue;
 }
 
-// 16 bytes of elements, loaded and stored as one access.
-template <typename T>
-struct alignas(16) Pack {
-    static constexpr int size = 16 / sizeof(T);
+// Elements loaded and stored as one access: 16 bytes of them, unless told otherwise.
+template <typename T, int size_ = 16 / sizeof(T)>
+struct alignas(size_ * sizeof(T)) Pack {
+    static constexpr int size = size_;
     T values[size];
 };
 

@@ -85,7 +85,7 @@ cudaError_t greedy_sample(int64_t* token_ids, float* logprobs, bool* broken, con
 
 // ------------------------------------------------------------------------------------------------ cache.cu
 
-// Copy n blocks of `block_bytes` (a multiple of 16) in each of `planes` planes, source_ids[i] to target_ids[i].
+// Copy n blocks of `block_bytes` (an even number) in each of `planes` planes, source_ids[i] to target_ids[i].
 // Plane p of the source begins p * source_plane_bytes after `source`, likewise the target's; a null id list means
 // 0..n-1. Source and target may lie on different GPUs that can reach each other. One launch.
 cudaError_t move_blocks(void* target, const int64_t* target_ids, int64_t target_plane_bytes, const void* source,

@@ -77,8 +77,7 @@ class CudaRunner(ModelRunner):
             upload(slots(plan, self.cache.block_size), self.device), self.tables.rows(len(plan.rows)), query_lens, context_lens,
             contexts=upload(context_lens, self.device, torch.int32), starts=upload(starts, self.device, torch.int32))
         token_ids = upload([token for row in plan.rows for token in row.token_ids], self.device)
-        token_ids = self._fill_in(token_ids)
-        hidden = self.model(token_ids, upload(positions(plan), self.device), self.cache, batch, on_layer)
+        hidden = self.model(token_ids, upload(positions(plan), self.device), self.cache, batch, on_layer, self.last_drawn)
         drawing = drawing_tokens(plan)
         if not drawing:
             return Draws.nothing(self.device)
@@ -115,15 +114,11 @@ class CudaRunner(ModelRunner):
         inputs = self.inputs
         batch = AttentionBatch(inputs.slots[:size], self.tables.rows(size), [1] * size, [1] * size,
                                contexts=inputs.contexts[:size])
-        hidden = self.model(self._fill_in(inputs.token_ids[:size]), inputs.positions[:size], self.cache, batch)
+        hidden = self.model(inputs.token_ids[:size], inputs.positions[:size], self.cache, batch, last_drawn=self.last_drawn)
         logits = self.model.logits(hidden)
         draws = Draws(*cuda.greedy_sample(logits))
         self.last_drawn[:size] = draws.token_ids
         return logits, draws
-
-    def _fill_in(self, token_ids: Tensor) -> Tensor:
-        """Put in the tokens that the step before drew, where the plan has a placeholder for them: -1 - draw."""
-        return torch.where(token_ids < 0, self.last_drawn[(-1 - token_ids).clamp_(min=0)], token_ids)
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:

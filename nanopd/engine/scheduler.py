@@ -16,11 +16,25 @@ from itertools import count
 from nanopd.block_manager.manager import BlockSpaceManager, Lease
 from nanopd.block_manager.pool import NoFreeBlocks
 from nanopd.config import SchedulerConfig
-from nanopd.core import FinishReason, Phase, PlanRow, RowResult, Sequence, SequenceGroup, StepPlan, StepResult
+from nanopd.core import (
+    FINISHED,
+    FinishReason,
+    Phase,
+    PlanRow,
+    Request,
+    RowResult,
+    Sequence,
+    SequenceGroup,
+    StepPlan,
+    StepResult,
+)
 from nanopd.engine import beam
 
 
-@dataclass
+DECODE, PREFILL = Phase.DECODE, Phase.PREFILL  # looked up for every sequence in every step, and an enum is slow at it
+
+
+@dataclass(slots=True)
 class Update:
     """One token drawn for one sequence, and how it ended the sequence if it did."""
 
@@ -53,12 +67,15 @@ class Scheduler:
         self.handed_off: dict[str, SequenceGroup] = {}
         self.beams: dict[str, beam.BeamSearch] = {}
         self.num_preemptions = 0
+        self._groups: dict[str, SequenceGroup] = {}  # all that are served
         self._tickets = count()
+        self._budget = 0  # tokens that the step being planned has room for
 
     # ------------------------------------------------------------------------------------------- coming in
 
     def add(self, group: SequenceGroup) -> None:
         """Queue a fresh request. Whether it can be served at all is for `Limits.check` to say beforehand."""
+        self._groups[group.request_id] = group
         self._begin_beams(group)
         self.waiting.append(_Entry(next(self._tickets), group))
 
@@ -68,6 +85,7 @@ class Scheduler:
         Each sequence of the group has its first token. Of those that go on, the first takes the lease and the others
         fork from it; those that ended with that token count as answers a beam search has found.
         """
+        self._groups[group.request_id] = group
         leader, *others = group.live
         search = self._begin_beams(group)
         for sequence in group.sequences if search else ():
@@ -102,42 +120,52 @@ class Scheduler:
         return group.request.num_answers if group.is_whole or group.request.beam else len(group.live)
 
     def find(self, request_id: str) -> SequenceGroup | None:
-        for entry in (*self.waiting, *self.running):
-            if entry.group.request_id == request_id:
-                return entry.group
-        return self.handed_off.get(request_id)
+        return self._groups.get(request_id)
 
     # -------------------------------------------------------------------------------------------- planning
 
     def schedule(self) -> StepPlan:
         """The next step's plan. Blocks are taken and copies noted here; nothing is computed."""
         plan = StepPlan()
-        self._plan_running(plan, decodes=True)
-        self._plan_running(plan, decodes=False)
-        if not plan.preempted:
+        self._budget = self.config.max_num_batched_tokens
+        self._plan_running(plan)
+        if self.waiting and not plan.preempted:
             self._admit(plan)
         return plan
 
-    def _plan_running(self, plan: StepPlan, *, decodes: bool) -> None:
-        for entry in list(self.running):
-            for sequence in entry.group.live:
-                if entry not in self.running:
-                    break  # preempted to make room for an elder
-                num_new = self._num_to_run(entry.group, sequence, plan)
-                if num_new and (sequence.num_remaining == 1) == decodes:
-                    self._plan_row(plan, entry, sequence, num_new)
+    def _plan_running(self, plan: StepPlan) -> None:
+        """Every sequence that writes, then chunks of those that read. Who is preempted meanwhile does neither."""
+        reading = []
+        for entry in self.running.copy():
+            for sequence in entry.group.sequences:
+                if sequence.phase is DECODE:
+                    if self._budget and self._has_token_to_run(entry.group, sequence):
+                        self._plan_row(plan, entry, sequence, 1)
+                elif sequence.phase is PREFILL:
+                    reading.append((entry, sequence))
+        for entry, sequence in reading:
+            num_new = self._chunk_size(entry.group, sequence)
+            if num_new and sequence.phase is PREFILL:
+                self._plan_row(plan, entry, sequence, num_new)
 
-    def _num_to_run(self, group: SequenceGroup, sequence: Sequence, plan: StepPlan) -> int:
+    def _has_token_to_run(self, group: SequenceGroup, sequence: Sequence) -> bool:
+        """Not where a beam waits for the others, nor where the token being drawn is the last, whichever it is."""
+        tokens = sequence.token_ids
+        if tokens[-1] < 0 and self._is_full(group.request, sequence):
+            return False
+        return len(tokens) > sequence.num_computed
+
+    def _is_full(self, request: Request, sequence: Sequence) -> bool:
+        """Whether an answer has all the tokens that it may have."""
+        length = len(sequence.token_ids)
+        return length >= self.max_len or length - sequence.prompt_len == request.sampling.max_tokens
+
+    def _chunk_size(self, group: SequenceGroup, sequence: Sequence) -> int:
         """How many tokens of the sequence fit into what is left of the step's budget."""
-        if not self.manager.has_table(sequence):
-            return 0  # a sibling that waits until the leader has recomputed their prompt
-        if self._ends_with_awaited(group, sequence):
-            return 0
         wanted = sequence.num_remaining
         if any(not self.manager.has_table(sibling) for sibling in group.live):
-            wanted = max(sequence.prompt_len, sequence.num_computed) - sequence.num_computed
-        chunk = self.config.prefill_chunk_size or wanted
-        return min(wanted, chunk, self.config.max_num_batched_tokens - plan.num_tokens)
+            wanted = sequence.prompt_len - sequence.num_computed  # they wait to share the prompt, and it alone
+        return min(wanted, self.config.prefill_chunk_size or wanted, self._budget)
 
     def _plan_row(self, plan: StepPlan, entry: _Entry, sequence: Sequence, num_new: int) -> None:
         while True:
@@ -149,24 +177,27 @@ class Scheduler:
                 self._preempt(victim, plan)
                 if victim is entry:
                     return
-        row = PlanRow(sequence, entry.group.request, num_new, sequence.num_computed,
-                      self.manager.block_table(sequence), copies)
-        if sequence.num_computed + num_new == len(sequence):
+        num_cached = sequence.num_computed
+        row = PlanRow(sequence, entry.group.request, num_new, num_cached, self.manager.live_table(sequence), copies)
+        if num_cached + num_new == len(sequence.token_ids):
             self._ask_for_draws(row)
         plan.rows.append(row)
+        self._budget -= num_new
 
     def _ask_for_draws(self, row: PlanRow) -> None:
         request = row.request
+        sampling = request.sampling
         if request.beam:
             row.num_samples = 1
             row.num_top = beam.num_candidates(request.beam.beam_width, len(self.eos_token_ids))
         else:
-            row.num_samples = 1 if row.sequence.num_output else request.sampling.n
-            row.num_top = request.sampling.logprobs or 0
+            row.num_samples = 1 if sampling.n == 1 or row.sequence.num_output else sampling.n
+            row.num_top = sampling.logprobs or 0
 
     def _preempt(self, entry: _Entry, plan: StepPlan) -> None:
         """Send a running group back to wait: its blocks go, its tokens stay, and it will be recomputed."""
         group = entry.group
+        self._budget += sum(row.num_new for row in plan.rows if row.request is group.request)
         plan.rows = [row for row in plan.rows if row.request is not group.request]
         plan.preempted.append(group.request_id)
         if group.request.beam:
@@ -188,18 +219,18 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan) -> None:
         """Let waiting groups in, oldest first; the first that does not fit holds the others back."""
-        while self.waiting and plan.num_tokens < self.config.max_num_batched_tokens:
+        seats = self.config.max_num_seqs - self.num_seats_taken
+        while self.waiting and self._budget:
             entry = self.waiting[0]
             leader = entry.group.live[0]
-            if self.num_seats_taken + self._seats(entry.group) > self.config.max_num_seqs:
-                return
-            if not self.manager.can_allocate(leader):
+            seats -= self._seats(entry.group)
+            if seats < 0 or not self.manager.can_allocate(leader):
                 return
             self.manager.allocate(leader)
-            leader.move_to(Phase.PREFILL)
+            leader.move_to(PREFILL)
             insort(self.running, self.waiting.pop(0))
             self._share_recomputed_prompt(entry.group)
-            self._plan_row(plan, entry, leader, self._num_to_run(entry.group, leader, plan))
+            self._plan_row(plan, entry, leader, self._chunk_size(entry.group, leader))
             if plan.preempted:
                 return
 
@@ -214,87 +245,88 @@ class Scheduler:
         """
         if not self._may_run_ahead(plan):
             return None
-        draws = count()
+        draw = 0
         for row in plan.rows:
-            draw = next(draws) if row.num_samples else None
-            if row.sequence.finished:
-                continue  # it ended in the step before, or was cancelled: what it draws is for nobody
-            row.sequence.num_computed += row.num_new
-            if draw is not None:
-                row.sequence.await_token(draw)
-                row.sequence.move_to(Phase.DECODE)
+            sequence = row.sequence
+            if sequence.phase is not FINISHED:  # else it ended in the step before, or was cancelled: what it draws is for nobody
+                sequence.num_computed += row.num_new
+                if row.num_samples:
+                    sequence.await_token(draw)
+                    if sequence.phase is not DECODE:
+                        sequence.move_to(DECODE)
+            draw += row.num_samples
         plan.run_ahead = True
         return self.schedule()
 
     def _may_run_ahead(self, plan: StepPlan) -> bool:
-        live = [sequence for entry in self.running for sequence in entry.group.live]
-        return (
-            all(row.num_samples <= 1 for row in plan.rows)
-            and all(self._is_plain(entry.group) for entry in self.running)
-            and self.manager.num_free_blocks >= len(live)  # one block each is the most a decode takes
-        )
+        most_blocks = 0  # that the next step takes: one for each sequence that writes
+        for entry in self.running:
+            if not self._is_plain(entry.group):
+                return False
+            most_blocks += len(entry.group.sequences)
+        return most_blocks <= self.manager.num_free_blocks and all(row.num_samples <= 1 for row in plan.rows)
 
-    def _is_plain(self, group: SequenceGroup) -> bool:
+    @staticmethod
+    def _is_plain(group: SequenceGroup) -> bool:
         """Whether all that a step changes in the group is known beforehand, but for the tokens themselves."""
-        request = group.request
-        return (request.beam is None and request.sampling.repetition_penalty == 1 and not group.handoff
-                and (request.num_answers == 1 or all(sequence.phase is Phase.DECODE for sequence in group.live)))
-
-    def _ends_with_awaited(self, group: SequenceGroup, sequence: Sequence) -> bool:
-        """Whether the token that is being drawn is the sequence's last, whichever it is."""
-        full = sequence.num_output == group.request.max_tokens or len(sequence) >= self.max_len
-        return full and sequence.awaits_token
+        sampling = group.request.sampling
+        return (sampling.repetition_penalty == 1 and group.request.beam is None and not group.handoff
+                and (sampling.n == 1 or all(sequence.phase is DECODE for sequence in group.live)))
 
     # ------------------------------------------------------------------------------------------ committing
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Update]:
         """Take in what the step computed: cache contents, drawn tokens, forks and ends."""
-        groups = {entry.group.request_id: entry.group for entry in self.running}
         updates: list[Update] = []
+        changed: dict[str, SequenceGroup] = {}  # those in which more may change than a token at a sequence's end
         for row, drawn in zip(plan.rows, result.rows, strict=True):
-            group = groups.get(row.request.request_id)
-            if group is None or row.sequence.finished:
-                continue  # cancelled while the step ran
+            sequence, request = row.sequence, row.request
+            if sequence.phase is not DECODE:
+                if sequence.phase is not PREFILL:
+                    continue  # cancelled while the step ran
+                changed[request.request_id] = self._groups[request.request_id]
             if not plan.run_ahead:
-                row.sequence.num_computed += row.num_new
-            self.manager.commit(row.sequence)
-            updates += self._take_draws(group, row, drawn)
-        for group in groups.values():
+                sequence.num_computed += row.num_new
+            self.manager.commit(sequence)
+            if request.beam:
+                changed[request.request_id] = self._groups[request.request_id]
+                self.beams[request.request_id].collect(sequence, drawn.top_logprobs)
+            elif row.num_samples == 1:
+                updates.append(self._take(row, sequence, drawn, 0))
+            elif row.num_samples:
+                updates += self._take_first_tokens(row, drawn)
+        for group in changed.values():
             updates += self._settle(group)
-        self.running = [entry for entry in self.running if self._still_runs(entry.group)]
+        if changed or any(update.finish_reason for update in updates):
+            self.running = [entry for entry in self.running if self._still_runs(entry.group)]
         return updates
 
-    def _take_draws(self, group: SequenceGroup, row: PlanRow, drawn: RowResult) -> list[Update]:
-        if row.num_samples == 0:
-            return []
-        if group.request.beam:
-            self.beams[group.request_id].collect(row.sequence, drawn.top_logprobs)
-            return []
-        answers = [row.sequence] + [self._fork_answer(group, row.sequence, i) for i in range(1, row.num_samples)]
-        updates = []
-        for sequence, token_id, logprob in zip(answers, drawn.token_ids, drawn.logprobs, strict=True):
-            sequence.append_token(token_id, logprob)
-            stop_reason = self._check_stop(group, sequence)
-            updates.append(Update(sequence, token_id, logprob, drawn.top_logprobs, sequence.finish_reason, stop_reason))
-        return updates
+    def _take_first_tokens(self, row: PlanRow, drawn: RowResult) -> list[Update]:
+        """Of several answers, which were one sequence until now."""
+        answers = [row.sequence] + [self._fork_answer(row.sequence, i) for i in range(1, row.num_samples)]
+        return [self._take(row, answer, drawn, i) for i, answer in enumerate(answers)]
 
-    def _fork_answer(self, group: SequenceGroup, parent: Sequence, index: int) -> Sequence:
+    def _take(self, row: PlanRow, sequence: Sequence, drawn: RowResult, draw: int) -> Update:
+        """Add one of the tokens that a row drew to its sequence, which may end with it."""
+        token_id, logprob = drawn.token_ids[draw], drawn.logprobs[draw]
+        sequence.append_token(token_id, logprob)
+        update = Update(sequence, token_id, logprob, drawn.top_logprobs)
+        sampling = row.request.sampling
+        is_eos = token_id in self.eos_token_ids and not sampling.ignore_eos
+        if (is_eos or token_id in sampling.stop_token_ids) and sequence.num_output > sampling.min_tokens:
+            update.stop_reason = None if is_eos else token_id
+            update.finish_reason = FinishReason.STOP
+        elif self._is_full(row.request, sequence):
+            update.finish_reason = FinishReason.LENGTH
+        if update.finish_reason:
+            self.finish(sequence, update.finish_reason)
+        return update
+
+    def _fork_answer(self, parent: Sequence, index: int) -> Sequence:
         child = parent.fork(index)
         self.manager.fork(parent, child)
-        group.sequences.append(child)
+        self._groups[parent.request_id].sequences.append(child)
         return child
-
-    def _check_stop(self, group: SequenceGroup, sequence: Sequence) -> int | None:
-        """End the sequence where its last token says so. Returns the stop token that ended it, if one did."""
-        sampling = group.request.sampling
-        token = sequence.token_ids[-1]
-        is_eos = token in self.eos_token_ids and not sampling.ignore_eos
-        if (is_eos or token in sampling.stop_token_ids) and sequence.num_output > sampling.min_tokens:
-            self.finish(sequence, FinishReason.STOP)
-            return None if is_eos else token
-        if sequence.num_output == sampling.max_tokens or len(sequence) >= self.max_len:
-            self.finish(sequence, FinishReason.LENGTH)
-        return None
 
     def _settle(self, group: SequenceGroup) -> list[Update]:
         """After a step: share a recomputed prompt, choose among beams, move on to the next phase."""
@@ -335,7 +367,7 @@ class Scheduler:
 
     def _still_runs(self, group: SequenceGroup) -> bool:
         if group.finished:
-            self.beams.pop(group.request_id, None)
+            self._forget(group)
             return False
         if any(sequence.phase is Phase.TRANSFER for sequence in group.live):
             self.handed_off[group.request_id] = group
@@ -365,13 +397,14 @@ class Scheduler:
             self.finish(sequence, reason)
         if group.finished:
             self._forget(group)
+            self.waiting = [entry for entry in self.waiting if entry.group is not group]
+            self.running = [entry for entry in self.running if entry.group is not group]
         elif not any(self.manager.has_table(sequence) for sequence in group.live):
             self._requeue(group)  # its leader went while the others waited for the prompt
         return ended
 
     def _forget(self, group: SequenceGroup) -> None:
-        self.waiting = [entry for entry in self.waiting if entry.group is not group]
-        self.running = [entry for entry in self.running if entry.group is not group]
+        del self._groups[group.request_id]
         self.handed_off.pop(group.request_id, None)
         self.beams.pop(group.request_id, None)
 
@@ -388,7 +421,8 @@ class Scheduler:
 
     def release_handed_off(self, request_id: str) -> None:
         """The KV cache of a handed-off request has travelled: its blocks here may go."""
-        self.beams.pop(request_id, None)
-        group = self.handed_off.pop(request_id, None)
-        for sequence in group.live if group else ():
-            self.finish(sequence, FinishReason.STOP)
+        group = self.handed_off.get(request_id)
+        if group is not None:
+            for sequence in group.live:
+                self.finish(sequence, FinishReason.STOP)
+            self._forget(group)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nanopd.block_manager.cache import KVCache
 from nanopd.config import ModelSpec
-from nanopd.models.fused import norm_linear
+from nanopd.models.fused import embed, norm_linear
 from nanopd.models.layers import DecoderLayer, Embedding, Linear, RMSNorm
 from nanopd.models.rope import RotaryEmbedding
 from nanopd.paged_attention.ops import AttentionBatch
@@ -38,14 +38,13 @@ class Decoder(nn.Module):
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
     def forward(self, token_ids: Tensor, positions: Tensor, cache: KVCache, batch: AttentionBatch,
-                on_layer: Callable[[int], None] | None = None) -> Tensor:
+                on_layer: Callable[[int], None] | None = None, last_drawn: Tensor | None = None) -> Tensor:
         """Run T new tokens: ids and positions [T] -> the residual stream [T, hidden], before the final norm.
 
         `on_layer(i)` is called once layer i's new K and V are in the cache and its attention is done (on a
-        GPU: queued), before its MLP.
+        GPU: queued), before its MLP. A token id below zero, -1 - i, stands for last_drawn[i].
         """
-        hidden = self.embed_tokens(token_ids)
-        rotation = self.rotary(positions, hidden.dtype)
+        hidden, rotation = embed(token_ids, positions, last_drawn, self.embed_tokens, self.rotary)
         for index, layer in enumerate(self.layers):
             hidden = layer.attend(hidden, rotation, cache.layer(index), batch)
             if on_layer is not None:

@@ -8,15 +8,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanopd.models.rope import apply_rotary
+from nanopd.models.rope import RotaryEmbedding, apply_rotary
 from nanopd.paged_attention import cuda
 from nanopd.paged_attention.ops import store_kv
 
 if TYPE_CHECKING:
-    from nanopd.models.layers import Linear, RMSNorm
+    from nanopd.models.layers import Embedding, Linear, RMSNorm
+
+
+def embed(token_ids: Tensor, positions: Tensor, last_drawn: Tensor | None, embedding: Embedding,
+          rotary: RotaryEmbedding) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The residual stream's start, [T, hidden], and the cosines and sines of the positions, [T, head_dim] each.
+
+    A token id below zero, -1 - i, stands for last_drawn[i].
+    """
+    weight = embedding.weight
+    if cuda.usable(weight):
+        return cuda.embed(token_ids, positions, token_ids if last_drawn is None else last_drawn, weight,
+                          rotary.tables(weight.dtype))
+    if last_drawn is not None:
+        token_ids = torch.where(token_ids < 0, last_drawn[(-1 - token_ids).clamp_(min=0)], token_ids)
+    return F.embedding(token_ids, weight), rotary(positions, weight.dtype)
 
 
 def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
@@ -64,7 +80,7 @@ def rope_and_store(qkv: Tensor, rotation: tuple[Tensor, Tensor], norms: tuple[RM
     overwritten. Returns the queries, [T, heads, head_dim].
     """
     kv_heads, head_dim = kv[0].shape[2:]
-    if cuda.usable(qkv) and head_dim % 8 == 0:
+    if cuda.usable(qkv):
         weights = (None, None, 0.0) if norms is None else (norms[0].weight, norms[1].weight, norms[0].eps)
         return cuda.rope_and_store(qkv, rotation, *weights, *kv, slot_mapping, heads)
     query, key, value = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)

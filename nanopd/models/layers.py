@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanopd.config import ModelSpec
@@ -52,9 +51,6 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, **factory: Any) -> None:
         super().__init__()
         self.weight = _parameter(vocab_size, hidden_size, **factory)
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.weight)
 
 
 class RMSNorm(nn.Module):

@@ -23,15 +23,13 @@ class RotaryEmbedding(nn.Module):
         self.max_position = spec.max_position
         self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if not positions.is_cuda:
-            return self._rotation(positions, dtype)
-        if dtype not in self._tables:  # on a GPU looking them up is two short kernels instead of nine
-            self._tables[dtype] = self._rotation(torch.arange(self.max_position, device=positions.device), dtype)
-        cos, sin = self._tables[dtype]
-        return cos[positions], sin[positions]
+    def tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all positions, [max_position, head_dim] each: on a GPU it is quicker to look them up."""
+        if dtype not in self._tables:
+            self._tables[dtype] = self(torch.arange(self.max_position, device=self.inv_freq.device), dtype)
+        return self._tables[dtype]
 
-    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = positions[:, None].float() * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
