@@ -142,6 +142,8 @@ class Phase(Enum):
     FINISHED = "finished"
 
 
+FINISHED = Phase.FINISHED  # asked for very often, and an enum's names are slow to look up
+
 LEGAL_TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.WAITING: frozenset({Phase.PREFILL, Phase.DECODE, Phase.FINISHED}),
     Phase.PREFILL: frozenset({Phase.DECODE, Phase.TRANSFER, Phase.WAITING, Phase.FINISHED}),
@@ -203,7 +205,7 @@ class Sequence:
 
     @property
     def finished(self) -> bool:
-        return self.phase is Phase.FINISHED
+        return self.phase is FINISHED
 
     @property
     def cumulative_logprob(self) -> float:
@@ -221,8 +223,9 @@ class Sequence:
 
     def append_token(self, token_id: int, logprob: float = 0.0) -> None:
         if self.awaits_token:
-            self.token_ids.pop()
-        self.token_ids.append(token_id)
+            self.token_ids[-1] = token_id
+        else:
+            self.token_ids.append(token_id)
         self.logprobs.append(logprob)
 
     def forget_awaited(self) -> None:
@@ -327,25 +330,27 @@ class SequenceGroup:
 # --------------------------------------------------------------------------------------------- plans, events
 
 
-@dataclass
+@dataclass(slots=True)
 class PlanRow:
     """One sequence's share of a step: run `num_new` tokens after the `num_cached` already in the cache.
 
     `num_samples` tokens are drawn after the last of them: 0 for a chunk that is not the prompt's last, n for
     the prompt's last chunk of a request that wants n answers, otherwise 1. `num_top` of the likeliest tokens
     are reported beside them. The last `num_drafts` of the new tokens are guesses: then one token is drawn after each
-    of them and one before the first, num_drafts + 1 in all, to tell which guesses were right.
+    of them and one before the first, num_drafts + 1 in all, to tell which guesses were right. `sequence` is then a fork
+    of the one that is answered, with the guesses as its last tokens.
     """
 
     sequence: Sequence
     request: Request
     num_new: int
     num_cached: int
-    block_table: list[int]
+    block_table: list[int]  # the sequence's own, not a copy: to be read before the next step is planned
     copies: list[tuple[int, int]] = field(default_factory=list)  # copy-on-write (source, destination)
     num_samples: int = 0
     num_top: int = 0
     num_drafts: int = 0
+    num_accepted: int = 0  # of the drafts, known when the step is over
 
     @property
     def num_logits(self) -> int:
@@ -360,7 +365,7 @@ class PlanRow:
     def kind(self) -> str:
         """ "prefill" while the row reads a prompt, or recomputes a preempted sequence; else "decode"."""
         reads_prompt = self.num_cached < self.sequence.prompt_len
-        return "prefill" if reads_prompt or self.num_new > 1 else "decode"
+        return "prefill" if reads_prompt or self.num_new > 1 + self.num_drafts else "decode"
 
     @property
     def token_ids(self) -> list[int]:
@@ -451,6 +456,8 @@ class StepRecord:
     num_free_blocks: int
     num_copies: int
     duration: float
+    num_drafts: int = 0  # tokens guessed beforehand
+    num_accepted: int = 0  # those of them that the model would have drawn
 
 
 @dataclass

@@ -19,7 +19,7 @@ from nanopd.block_manager.cache import KVCache
 from nanopd.core import PlanRow, StepPlan, StepResult
 from nanopd.engine.engine import OnLayer
 from nanopd.engine.runner import ModelRunner, drawing_tokens, positions, slots
-from nanopd.engine.sampler import Draws, draw, is_greedy
+from nanopd.engine.sampler import Draws, draw, draw_greedily, is_greedy
 from nanopd.models.decoder import Decoder
 from nanopd.paged_attention import cuda
 from nanopd.paged_attention.host import upload
@@ -80,7 +80,7 @@ class CudaRunner(ModelRunner):
         hidden = self.model(token_ids, upload(positions(plan), self.device), self.cache, batch, on_layer, self.last_drawn)
         drawing = drawing_tokens(plan)
         if not drawing:
-            return Draws.nothing(self.device)
+            return Draws.in_buffer(torch.empty(0, dtype=torch.uint8, device=self.device))
         draws = draw(self.model.logits(hidden[upload(drawing, self.device)]), plan.rows, self.eos_token_ids)
         self.last_drawn[: len(draws.token_ids)] = draws.token_ids[: len(self.last_drawn)]
         return draws
@@ -116,7 +116,7 @@ class CudaRunner(ModelRunner):
                                contexts=inputs.contexts[:size])
         hidden = self.model(inputs.token_ids[:size], inputs.positions[:size], self.cache, batch, last_drawn=self.last_drawn)
         logits = self.model.logits(hidden)
-        draws = Draws(*cuda.greedy_sample(logits))
+        draws = draw_greedily(logits)
         self.last_drawn[:size] = draws.token_ids
         return logits, draws
 

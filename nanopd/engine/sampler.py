@@ -19,6 +19,7 @@ from nanopd.core import PlanRow, RowResult
 from nanopd.paged_attention import cuda
 from nanopd.paged_attention.host import download, upload
 
+DRAW_BYTES = 13  # a token id, its log-probability and whether the row is broken
 _MASK = (1 << 64) - 1
 
 
@@ -49,19 +50,25 @@ class Draws:
     broken: Tensor
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
+    buffer: Tensor | None = None  # of which the first three are views, so that one copy fetches all
 
     @classmethod
-    def nothing(cls, device: torch.device) -> Draws:
-        return cls(*(torch.empty(0, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32, torch.bool)))
+    def in_buffer(cls, buffer: Tensor) -> Draws:
+        """Views of uint8 [DRAW_BYTES * n] for n rows that draw once each."""
+        n = len(buffer) // DRAW_BYTES
+        token_ids, logprobs = buffer[: 8 * n].view(torch.int64), buffer[8 * n : 12 * n].view(torch.float32)
+        return cls(token_ids, logprobs, buffer[12 * n :].view(torch.bool), buffer=buffer)
 
     def first(self, count: int) -> Draws:
         """Those of the first rows, where each row draws once."""
-        return Draws(self.token_ids[:count], self.logprobs[:count], self.broken[:count])
+        return Draws(self.token_ids[:count], self.logprobs[:count], self.broken[:count], buffer=self.buffer)
 
     def to_host(self) -> Draws:
         """On a GPU, a copy in pinned memory: there once the stream has come so far. On a CPU, itself."""
         if self.token_ids.device.type == "cpu":
             return self
+        if self.buffer is not None:
+            return Draws.in_buffer(download(self.buffer)).first(len(self.token_ids))
         fields = (self.token_ids, self.logprobs, self.broken, self.top_ids, self.top_logprobs)
         return Draws(*(None if field is None else download(field) for field in fields))  # type: ignore[arg-type]
 
@@ -116,7 +123,7 @@ def draw(logits: Tensor, rows: list[PlanRow], eos_token_ids: frozenset[int]) -> 
     logits [L, vocabulary] holds, row by row, what may follow each token after which the row draws.
     """
     if is_greedy(rows) and cuda.usable(logits):
-        return Draws(*cuda.greedy_sample(logits))
+        return draw_greedily(logits)
     lines = [Line(row, offset) for row in rows for offset in range(row.num_logits)]
     slots = [(i, answer) for i, line in enumerate(lines) for answer in range(line.row.num_samples)]
     logits = logits.float()
@@ -132,6 +139,13 @@ def draw(logits: Tensor, rows: list[PlanRow], eos_token_ids: frozenset[int]) -> 
     num_top = min(max((row.num_top for row in rows if row.num_samples), default=0), logits.shape[1])
     top = logprobs.topk(num_top) if num_top else (None, None)
     return Draws(tokens, logprobs[line_of_slot, tokens], logprobs.isnan().any(dim=-1), top[1], top[0])
+
+
+def draw_greedily(logits: Tensor) -> Draws:
+    """The likeliest token of each row of logits, by one kernel of a GPU."""
+    draws = Draws.in_buffer(torch.empty(DRAW_BYTES * len(logits), dtype=torch.uint8, device=logits.device))
+    cuda.greedy_sample(logits, out=(draws.token_ids, draws.logprobs, draws.broken))
+    return draws
 
 
 def is_greedy(rows: list[PlanRow]) -> bool:

@@ -5,6 +5,10 @@ prompts already begun, then new requests, oldest first each time. A prompt's blo
 admitted; a decode that finds no free block preempts the youngest request, which gives up its blocks, waits
 and is recomputed later. The oldest request is never preempted for another, and none is let in that could not
 run alone, so every request gets to its end.
+
+With a proposer, what a step leaves of its budget and of the free blocks goes to drafts: guesses of the next tokens,
+which the model confirms or not in the same step. They live in a fork of their sequence, so a wrong one leaves no trace,
+and since every draw is a function of its seed, answer and position, the right ones are those that would have been drawn.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from nanopd.core import (
     StepResult,
 )
 from nanopd.engine import beam
+from nanopd.engine.speculative import DraftCounters, Proposer
 
 
 DECODE, PREFILL = Phase.DECODE, Phase.PREFILL  # looked up for every sequence in every step, and an enum is slow at it
@@ -57,10 +62,13 @@ class _Entry:
 class Scheduler:
     """Keeps the groups that wait, run, or have handed their KV cache on and hold it until it has travelled."""
 
-    def __init__(self, config: SchedulerConfig, manager: BlockSpaceManager, eos_token_ids: tuple[int, ...] = ()) -> None:
+    def __init__(self, config: SchedulerConfig, manager: BlockSpaceManager, eos_token_ids: tuple[int, ...] = (),
+                 proposer: Proposer | None = None) -> None:
         self.config = config
         self.manager = manager
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.proposer = proposer
+        self.drafts = DraftCounters()
         self.max_len = min(config.max_model_len, manager.num_blocks * manager.block_size)
         self.waiting: list[_Entry] = []
         self.running: list[_Entry] = []
@@ -69,6 +77,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._groups: dict[str, SequenceGroup] = {}  # all that are served
         self._tickets = count()
+        self._forks: dict[int, tuple[Sequence, Sequence]] = {}  # that draft in this step: by id, (sequence, its fork)
         self._budget = 0  # tokens that the step being planned has room for
 
     # ------------------------------------------------------------------------------------------- coming in
@@ -131,6 +140,8 @@ class Scheduler:
         self._plan_running(plan)
         if self.waiting and not plan.preempted:
             self._admit(plan)
+        if self.proposer:
+            self._add_drafts(plan, self.proposer)
         return plan
 
     def _plan_running(self, plan: StepPlan) -> None:
@@ -203,6 +214,7 @@ class Scheduler:
         if group.request.beam:
             self.beams[group.request_id].drop_candidates()
         for sequence in group.live:
+            self._drop_fork(sequence)
             self.manager.free(sequence)
             sequence.forget_awaited()
             sequence.num_computed = 0
@@ -234,6 +246,66 @@ class Scheduler:
             if plan.preempted:
                 return
 
+    # ----------------------------------------------------------------------------------------------- drafts
+
+    def _add_drafts(self, plan: StepPlan, proposer: Proposer) -> None:
+        """They take what is left, so nobody waits or is preempted for one."""
+        for row in plan.rows:
+            if row.sequence.phase is not DECODE or row.copies or not self._may_draft(row.request):
+                continue
+            room = self._room_for_drafts(row)
+            drafts = proposer.propose(row.sequence, room) if room > 0 else []
+            if drafts:
+                self._draft(row, drafts)
+
+    @staticmethod
+    def _may_draft(request: Request) -> bool:
+        """A penalty for repetition makes each draw depend on the guesses before it; what else is left out reports more
+        than the tokens drawn."""
+        return request.beam is None and request.sampling.repetition_penalty == 1 and not request.sampling.logprobs
+
+    def _room_for_drafts(self, row: PlanRow) -> int:
+        """How many may follow the row's token: it is drawn after each of them, and the last one drawn still has to fit."""
+        size, sampling = self.manager.block_size, row.request.sampling
+        length = row.num_cached + 1
+        blocks = row.num_cached // size + self.manager.num_free_blocks
+        room = min(self._budget, blocks * size - length, self.max_len - length - 1)
+        return room if sampling.max_tokens is None else min(room, sampling.max_tokens - row.sequence.num_output - 1)
+
+    def _draft(self, row: PlanRow, drafts: list[int]) -> None:
+        """Have the row run a fork of its sequence that ends with the drafts."""
+        sequence = row.sequence
+        fork = sequence.fork(sequence.index)
+        row.copies = self.manager.draft(sequence, fork, 1 + len(drafts))
+        fork.token_ids += drafts
+        row.sequence, row.block_table = fork, self.manager.live_table(fork)
+        row.num_new, row.num_drafts = 1 + len(drafts), len(drafts)
+        self._budget -= len(drafts)
+        self._forks[fork.seq_id] = sequence, fork
+
+    def _verify(self, row: PlanRow, drawn: RowResult) -> list[Update]:
+        """The drafts that were drawn as well, and the token after them, as if each had come in a step of its own."""
+        sequence, fork = self._forks.pop(row.sequence.seq_id)
+        drafts = fork.token_ids[-row.num_drafts :]
+        row.num_accepted = next((i for i, draft in enumerate(drafts) if draft != drawn.token_ids[i]), len(drafts))
+        self.drafts.proposed += row.num_drafts
+        self.drafts.accepted += row.num_accepted
+        self.manager.accept(sequence, fork, row.num_cached + 1 + row.num_accepted)
+        updates: list[Update] = []
+        while len(updates) <= row.num_accepted and not sequence.finished:
+            sequence.num_computed += 1
+            self.manager.commit(sequence)
+            updates.append(self._take(row, sequence, drawn, len(updates)))
+        return updates
+
+    def _drop_fork(self, sequence: Sequence) -> None:
+        """The step in which it drafts counts no more."""
+        for owner, fork in list(self._forks.values()):
+            if owner is sequence:
+                del self._forks[fork.seq_id]
+                self.manager.free(fork)
+                fork.finish(FinishReason.ABORT)
+
     # --------------------------------------------------------------------------------------- running ahead
 
     def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
@@ -241,7 +313,8 @@ class Scheduler:
 
         Every sequence counts as one token longer, and that token's place is held by a number below zero. None where
         the next step depends on more than the tokens' number: beams, answers about to fork, a penalty for repetition,
-        a prompt about to be handed on, or so few free blocks that somebody would be preempted.
+        a prompt about to be handed on, or so few free blocks that somebody would be preempted. Nor with drafts, which
+        follow from the last token: a step that confirms several is worth more than one that begins a little earlier.
         """
         if not self._may_run_ahead(plan):
             return None
@@ -266,9 +339,10 @@ class Scheduler:
             most_blocks += len(entry.group.sequences)
         return most_blocks <= self.manager.num_free_blocks and all(row.num_samples <= 1 for row in plan.rows)
 
-    @staticmethod
-    def _is_plain(group: SequenceGroup) -> bool:
+    def _is_plain(self, group: SequenceGroup) -> bool:
         """Whether all that a step changes in the group is known beforehand, but for the tokens themselves."""
+        if self.proposer and self._may_draft(group.request):
+            return False
         sampling = group.request.sampling
         return (sampling.repetition_penalty == 1 and group.request.beam is None and not group.handoff
                 and (sampling.n == 1 or all(sequence.phase is DECODE for sequence in group.live)))
@@ -285,6 +359,9 @@ class Scheduler:
                 if sequence.phase is not PREFILL:
                     continue  # cancelled while the step ran
                 changed[request.request_id] = self._groups[request.request_id]
+            if row.num_drafts:
+                updates += self._verify(row, drawn)
+                continue
             if not plan.run_ahead:
                 sequence.num_computed += row.num_new
             self.manager.commit(sequence)
@@ -380,6 +457,9 @@ class Scheduler:
         """End one sequence and let go of its blocks. After an error nobody else may build on what is in them."""
         if reason is FinishReason.ERROR:
             self.manager.forget(sequence)
+        if self.proposer:
+            self.proposer.forget(sequence)
+        self._drop_fork(sequence)
         self.manager.free(sequence)
         sequence.forget_awaited()
         sequence.finish(reason)

@@ -73,14 +73,14 @@ def rope_and_store(qkv: Tensor, rotation: tuple[Tensor, Tensor], q_weight: Tenso
     return qkv[:, : heads * head_dim].unflatten(1, (heads, head_dim))
 
 
-def greedy_sample(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row of logits: its likeliest token, that one's log-probability, and whether the row is broken."""
-    rows = logits.shape[0]
-    token_ids = logits.new_empty(rows, dtype=torch.int64)
-    logprobs = logits.new_empty(rows, dtype=torch.float32)
-    broken = logits.new_empty(rows, dtype=torch.bool)
-    _ops.greedy_sample(token_ids, logprobs, broken, logits)
-    return token_ids, logprobs, broken
+def greedy_sample(logits: Tensor, out: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row of logits: its likeliest token, int64; that one's log-probability, float32; and whether the row is
+    broken, that is holds a NaN or +inf or nothing but -inf, bool."""
+    if out is None:
+        dtypes = (torch.int64, torch.float32, torch.bool)
+        out = tuple(logits.new_empty(len(logits), dtype=dtype) for dtype in dtypes)  # type: ignore[assignment]
+    _ops.greedy_sample(*out, logits)
+    return out
 
 
 def move_blocks(target: Tensor, target_ids: Tensor | None, source: Tensor, source_ids: Tensor | None) -> None:
