@@ -103,6 +103,15 @@ def generate(
             _print_answers(llm, texts, params, chat)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+             add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure kernels, decode, prefill, scheduler or serve, and record what was found: bench BENCHMARK --help."""
+    from nanopd.benchmark.command import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 def _print_stream(llm: LLM, prompt: str, params: nanopd.SamplingParams) -> None:
     for event in llm.stream(prompt, params):
         if event.error:

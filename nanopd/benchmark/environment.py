@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,16 @@ ROOT = Path(__file__).parents[2]
 PEERS = ("flashinfer-python", "transformers")
 
 
-def device_facts(device: torch.device) -> dict[str, Any]:
-    cpu = _first_line_with("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
-    if device.type != "cuda":
+class CannotMeasure(ValueError):
+    """Something is missing. The message says what."""
+
+
+def device_facts(on_cpu: bool = False) -> dict[str, Any]:
+    """The GPU if there is one, else the CPU. `on_cpu`: the CPU in any case."""
+    cpu = _cpu_name()
+    if on_cpu or not torch.cuda.is_available():
         return {"kind": "cpu", "name": "cpu", "cpu": cpu}
-    properties = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(0)
     return {
         "kind": "cuda", "name": properties.name, "cpu": cpu, "memory_gib": round(properties.total_memory / 2**30, 1),
         "multiprocessors": properties.multi_processor_count,
@@ -30,40 +34,36 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
+    driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
     found = {"nanopd": nanopd.__version__, "python": platform.python_version(), "torch": torch.__version__,
-             "cuda": torch.version.cuda, "driver": _driver()}
+             "cuda": torch.version.cuda, "driver": driver.strip() if driver else None}
     return found | {name: _installed(name) for name in PEERS}
 
 
 def commit() -> tuple[str | None, bool | None]:
-    """The checkout's commit, and whether tracked files differ from it."""
-    head, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
-    return (head.strip(), bool(status)) if head and status is not None else (None, None)
+    """The checkout's commit, and whether tracked files other than recorded results differ from it."""
+    head = _said("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changes = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ".",
+                    ":!nanopd/benchmark/results")
+    return (None, None) if head is None or changes is None else (head.strip(), bool(changes))
 
 
-def command() -> str:
-    return " ".join(["nanopd bench", *sys.argv[1:]]).replace("nanopd bench bench", "nanopd bench")
-
-
-def _git(*args: str) -> str | None:
+def _said(*command: str) -> str | None:
+    """What a command prints; None where it is not there or fails."""
     try:
-        ran = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=10, check=False)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return ran.stdout if ran.returncode == 0 else None
 
 
-def _driver() -> str | None:
-    line = _first_line_with("/proc/driver/nvidia/version", "NVRM")
-    return next((word for word in (line or "").split() if word[:1].isdigit()), None)
-
-
-def _first_line_with(path: str, word: str) -> str | None:
+def _cpu_name() -> str:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(word)), None)
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _installed(name: str) -> str | None:

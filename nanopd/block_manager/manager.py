@@ -48,11 +48,27 @@ class Lease:
 
 @dataclass
 class BlockTable:
-    """A sequence's blocks, and the prefixes under which `commit` has registered the first of them."""
+    """A sequence's blocks, and the prefixes under which `commit` has registered the first of them.
+
+    A fork that drafts does not hold its first `num_borrowed` blocks: it reads them in the table of the sequence that
+    it drafts for.
+    """
 
     sequence: Sequence
     block_ids: list[int]
     prefixes: list[Prefix] = field(default_factory=list)
+    num_borrowed: int = 0
+
+    @property
+    def held(self) -> list[int]:
+        return self.block_ids[self.num_borrowed :]
+
+
+class _Tables(dict[int, BlockTable]):
+    """By sequence id."""
+
+    def __missing__(self, seq_id: int) -> BlockTable:
+        raise ValueError(f"sequence {seq_id} has no block table")
 
 
 class BlockSpaceManager:
@@ -69,21 +85,15 @@ class BlockSpaceManager:
                  watermark: float = 0.0) -> None:
         self.config = CacheConfig(num_blocks, block_size, enable_prefix_caching, watermark)
         self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching)
-        self._tables: dict[int, BlockTable] = {}  # by sequence id
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._tables = _Tables()
         self._leases: dict[int, Lease] = {}  # the open ones
         self._lease_ids = count()
 
     @classmethod
     def from_config(cls, config: CacheConfig) -> BlockSpaceManager:
         return cls(config.num_blocks, config.block_size, config.enable_prefix_caching, config.watermark)
-
-    @property
-    def num_blocks(self) -> int:
-        return self.pool.num_blocks
-
-    @property
-    def block_size(self) -> int:
-        return self.pool.block_size
 
     @property
     def num_free_blocks(self) -> int:
@@ -112,7 +122,12 @@ class BlockSpaceManager:
 
     def block_table(self, sequence: Sequence) -> list[int]:
         """A copy. Raises ValueError for a sequence without a table."""
-        return list(self._table(sequence).block_ids)
+        return self._tables[sequence.seq_id].block_ids.copy()
+
+    def live_table(self, sequence: Sequence) -> list[int]:
+        """The block table itself, to be read at once: it changes as the sequence grows. A copy would cost a step more
+        the longer its sequences are."""
+        return self._tables[sequence.seq_id].block_ids
 
     def ref_count(self, block_id: int) -> int:
         return self.pool.ref_count(block_id)
@@ -168,7 +183,7 @@ class BlockSpaceManager:
 
     def blocks_to_append(self, sequence: Sequence, num_new: int = 1) -> int:
         """How many free blocks `append_slot` would take: copies of shared blocks, and blocks at the end."""
-        block_ids = self._table(sequence).block_ids
+        block_ids = self._tables[sequence.seq_id].block_ids
         first, end = self._written_blocks(sequence, num_new)
         shared = sum(self.pool.ref_count(block_id) > 1 for block_id in block_ids[first:end])
         return shared + max(0, end - len(block_ids))
@@ -183,11 +198,16 @@ class BlockSpaceManager:
             NoFreeBlocks: nothing was changed.
             ValueError: no table, or `num_new` below 1.
         """
-        self._require_free(self.blocks_to_append(sequence, num_new))
-        table = self._table(sequence)
+        table = self._tables[sequence.seq_id]
+        num_held = len(table.block_ids)
+        room = num_held * self.block_size - sequence.num_computed
+        if (0 < num_new <= room <= self.block_size and len(table.prefixes) < num_held
+                and self.pool.is_private(table.block_ids[-1])):
+            return []  # nearly always: the last block has room, and is the sequence's own
         first, end = self._written_blocks(sequence, num_new)
+        self._require_free(self.blocks_to_append(sequence, num_new))
         copies = []
-        for index in range(first, min(end, len(table.block_ids))):
+        for index in range(first, min(end, num_held)):
             if self.pool.ref_count(table.block_ids[index]) > 1:
                 copies.append(self._copy_on_write(table, index))
             else:
@@ -202,10 +222,11 @@ class BlockSpaceManager:
 
         Raises ValueError for a sequence without a table.
         """
-        table = self._table(sequence)
-        if not self.pool.enable_prefix_caching:
+        table = self._tables[sequence.seq_id]
+        num_full = sequence.num_computed // self.block_size
+        if num_full == len(table.prefixes) or not self.pool.enable_prefix_caching:
             return
-        for index in range(len(table.prefixes), sequence.num_computed // self.block_size):
+        for index in range(len(table.prefixes), num_full):
             parent = table.prefixes[-1] if table.prefixes else None
             tokens = self._block_tokens(sequence.token_ids, index)
             table.prefixes.append(self.pool.register(table.block_ids[index], parent, tokens))
@@ -221,7 +242,7 @@ class BlockSpaceManager:
 
         Raises ValueError if the parent has no table, the child has one, or their computed tokens differ.
         """
-        table = self._table(parent)
+        table = self._tables[parent.seq_id]
         child = parent.fork(parent.index) if child is None else child
         self._require_no_table(child)
         num_blocks = len(table.block_ids) if num_tokens is None else self.blocks_needed(num_tokens)
@@ -242,7 +263,7 @@ class BlockSpaceManager:
         """Drop the sequence's table. No effect on a sequence without one; `num_computed` stays as it is."""
         table = self._tables.pop(sequence.seq_id, None)
         if table is not None:
-            self._release(table.block_ids, sequence.seq_id)
+            self._release(table.held, sequence.seq_id)
 
     def forget(self, sequence: Sequence) -> None:
         """Let the prefix cache find the sequence's blocks no more. No effect on a sequence without a table."""
@@ -253,6 +274,45 @@ class BlockSpaceManager:
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks. Sequences keep theirs, but nobody else finds them any more."""
         self.pool.forget_all()
+
+    # ---------------------------------------------------------------------------------------------- drafts
+
+    def draft(self, sequence: Sequence, fork: Sequence, num_new: int) -> list[tuple[int, int]]:
+        """Let `fork` write the `num_new` tokens that follow what `sequence` has computed, some of them mere guesses.
+
+        It writes to blocks of its own, the first a copy where that block is half full, and reads all before them in the
+        sequence's, without holding them: a step's forks must not cost more the longer their sequences are. So it
+        has to go, by `accept` or `free`, before the sequence's table changes.
+
+        Returns the blocks to copy, as `append_slot` does.
+
+        Raises:
+            NoFreeBlocks: nothing was changed.
+            ValueError: `sequence` has no table, `fork` has one, or `num_new` is below 1.
+        """
+        self._require_no_table(fork)
+        first, end = self._written_blocks(sequence, num_new)
+        self._require_free(end - first)
+        shared = self._tables[sequence.seq_id].block_ids[: self.blocks_needed(sequence.num_computed)]
+        table = self._tables[fork.seq_id] = BlockTable(fork, shared, num_borrowed=first)
+        fork.num_computed = sequence.num_computed
+        self.counters.forks += 1
+        self.pool.log("fork", other=sequence.seq_id, seq_id=fork.seq_id, detail=f"of sequence {sequence.seq_id}")
+        for block_id in table.held:
+            self.pool.share(block_id, fork.seq_id)
+        return self.append_slot(fork, num_new)
+
+    def accept(self, sequence: Sequence, fork: Sequence, num_tokens: int) -> None:
+        """The first `num_tokens` tokens of a fork that drafted were right: `sequence` takes over the blocks that hold
+        them, instead of its own. The others go, and the fork's table with them."""
+        table, drafted = self._tables[sequence.seq_id], self._tables[fork.seq_id]
+        first = drafted.num_borrowed
+        right = drafted.block_ids[first : self.blocks_needed(num_tokens)]
+        for block_id in right:
+            self.pool.share(block_id, sequence.seq_id)
+        self._release(table.block_ids[first:], sequence.seq_id)
+        table.block_ids[first:] = right
+        self.free(fork)
 
     # ---------------------------------------------------------------------------------------------- leases
 
@@ -329,7 +389,7 @@ class BlockSpaceManager:
             "block_size": self.block_size,
             "ref_counts": [block.ref_count for block in self.pool.blocks],
             "cached": [block.prefix is not None for block in self.pool.blocks],
-            "tables": {seq_id: list(table.block_ids) for seq_id, table in self._tables.items()},
+            "tables": {seq_id: table.held for seq_id, table in self._tables.items()},
             "leases": {
                 lease.lease_id: {"block_ids": list(lease.block_ids), "num_cached": lease.num_cached,
                                  "holders": sorted(lease.holders)}
@@ -340,7 +400,7 @@ class BlockSpaceManager:
 
     def _holders(self) -> Iterator[tuple[str, list[int]]]:
         for seq_id, table in self._tables.items():
-            yield f"sequence {seq_id}", table.block_ids
+            yield f"sequence {seq_id}", table.held
         for lease_id, lease in self._leases.items():
             yield f"lease {lease_id}", lease.block_ids
 
@@ -354,6 +414,9 @@ class BlockSpaceManager:
             if room < table.sequence.num_computed:
                 computed = table.sequence.num_computed
                 yield f"sequence {seq_id} has {computed} computed tokens, but room for {room}"
+            for block_id in table.block_ids[: table.num_borrowed]:
+                if self.pool.ref_count(block_id) == 0:
+                    yield f"sequence {seq_id} borrows block {block_id}, which nobody holds"
         for lease_id, lease in self._leases.items():
             if not lease.holders:
                 yield f"lease {lease_id} is open, but nobody holds it"
@@ -416,11 +479,6 @@ class BlockSpaceManager:
 
     def _block_tokens(self, token_ids: SequenceABC[int], index: int) -> SequenceABC[int]:
         return token_ids[index * self.block_size : (index + 1) * self.block_size]
-
-    def _table(self, sequence: Sequence) -> BlockTable:
-        if sequence.seq_id not in self._tables:
-            raise ValueError(f"sequence {sequence.seq_id} has no block table")
-        return self._tables[sequence.seq_id]
 
     def _require_no_table(self, sequence: Sequence) -> None:
         if sequence.seq_id in self._tables:

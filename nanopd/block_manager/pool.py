@@ -218,6 +218,11 @@ class BlockPool:
     def ref_count(self, block_id: int) -> int:
         return self.blocks[block_id].ref_count
 
+    def is_private(self, block_id: int) -> bool:
+        """Whether its one holder may write to it: nobody shares it, and nobody can find it."""
+        block = self.blocks[block_id]
+        return block.ref_count == 1 and block.prefix is None
+
     # What a block can be found by
 
     def register(self, block_id: int, parent: Prefix | None, token_ids: SequenceABC[int]) -> Prefix:

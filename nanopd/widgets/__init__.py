@@ -8,6 +8,8 @@ from typing import Any
 _PANELS: dict[str, str] = {
     "BatchTimeline": "batch_timeline",
     "BlockMap": "block_map",
+    "KernelExplorer": "kernel_explorer",
+    "KernelTimes": "kernel_times",
     "Roofline": "roofline",
 }  # class name -> module in this package
 

@@ -177,6 +177,71 @@ STRINGS: dict[str, tuple[str, str]] = {
     "roofline.ridge": ("ridge: {x} FLOP/byte", "拐点：{x} FLOP/字节"),
     "roofline.intensity_is": ("{x} FLOP per byte", "每字节 {x} FLOP"),
     "roofline.achieved_is": ("{rate}: {percent}% of its roof", "{rate}：达到屋顶的 {percent}%"),
+    # kernel explorer
+    "explorer.naive": ("naive", "朴素内核"),
+    "explorer.grouped": ("one block per KV head", "每个 KV 头一个线程块"),
+    "explorer.split_kv": ("split-KV", "split-KV"),
+    "explorer.batch": ("batch", "批大小"),
+    "explorer.context": ("context", "上下文"),
+    "explorer.kv_heads": ("KV heads", "KV 头"),
+    "explorer.group": ("group", "组内查询头"),
+    "explorer.block_size": ("block size", "块大小"),
+    "explorer.num_splits": ("splits", "切分数"),
+    "explorer.measure": ("Measure", "实测"),
+    "explorer.measure_tip": ("time the engine's kernel at this shape on this GPU", "在这块 GPU 上，按这个形状给引擎的内核计时"),
+    "explorer.no_gpu": (
+        "nothing to measure on: this machine has no GPU with the engine's kernels. What was recorded elsewhere is shown instead",
+        "没有可测的设备：这台机器上没有能跑引擎内核的 GPU。图中显示的是在别处录得的数据",
+    ),
+    "explorer.moves": (
+        "<b>Bytes</b> {needed}B of keys and values must be read; the thread blocks ask for {moved}B, {times} times that",
+        "<b>字节</b> 必须读 {needed}B 的键和值；线程块一共要了 {moved}B，是前者的 {times} 倍",
+    ),
+    "explorer.spreads": (
+        "<b>Spread</b> {ctas} thread blocks on {sms} SMs: {waves} wave(s)",
+        "<b>铺开</b> {ctas} 个线程块，{sms} 个 SM：{waves} 波",
+    ),
+    "explorer.takes": (
+        "<b>Time</b> floor {floor}; estimate {seconds}, which would be {share}% of the bandwidth",
+        "<b>时间</b> 下限 {floor}；估计 {seconds}，相当于带宽的 {share}%",
+    ),
+    "explorer.measured": (
+        "<b>Measured here</b> {kernel}: {seconds}, {share}% of the bandwidth{source}",
+        "<b>本机实测</b> {kernel}：{seconds}，带宽的 {share}%{source}",
+    ),
+    "explorer.recorded": (
+        "<b>Recorded on {source}</b> {kernel}: {seconds}, {share}% of the bandwidth",
+        "<b>录自 {source}</b> {kernel}：{seconds}，带宽的 {share}%",
+    ),
+    "explorer.legend_estimate": ("estimate", "估计"),
+    "explorer.legend_measured": ("measured here", "本机实测"),
+    "explorer.legend_recorded": ("recorded elsewhere", "别处录得"),
+    "explorer.legend_floor": ("floor", "下限"),
+    "explorer.splits_axis": ("splits", "切分数"),
+    "explorer.time_axis": ("estimate (µs)", "估计（µs）"),
+    # times of kernels
+    "times.live": ("measured on this machine: {device}", "本机实测：{device}"),
+    "times.recorded": ("recorded on {source}", "录自 {source}"),
+    "times.data_sheet": (
+        "no recorded run; the ceilings are those of the data sheet: {device}",
+        "没有录得的数据；上限取自产品手册：{device}",
+    ),
+    "times.no_run": ("no recorded run of `nanopd bench {bench}`", "没有 `nanopd bench {bench}` 的录得数据"),
+    "times.none": ("no figure", "没有数据"),
+    "times.table": (
+        "{kernel}: share of the bandwidth; a row for each batch, a column for each context",
+        "{kernel}：达到带宽的百分比；每行一个批大小，每列一个上下文长度",
+    ),
+    "times.not_a_kernel": (
+        "the engine has no kernel {kernel!r}: it is the step between the two that can be measured, naive and split-KV",
+        "引擎里没有“{kernel}”这个内核：它是朴素内核与 split-KV 之间的一步，能实测的是这两个",
+    ),
+    # the race of chapter 03
+    "race.here": ("run here, on {device}", "在本机运行：{device}"),
+    "race.not_recorded": (
+        "not run: this machine has no GPU with nvcc, and this kernel was not recorded elsewhere",
+        "没有运行：这台机器没有带 nvcc 的 GPU，这个内核也没有在别处录过",
+    ),
     # batch timeline
     "timeline.prefill": ("prefill", "预填充"),
     "timeline.decode": ("decode", "解码"),

@@ -7,6 +7,9 @@ import torch
 from checkpoints import GRID, make_checkpoint
 
 from nanopd import LLM, BeamSearchParams, Cluster, SamplingParams
+from nanopd.block_manager.cache import KVCache
+from nanopd.models.loader import load_model
+from nanopd.paged_attention.ops import AttentionBatch
 from nanopd.tiny import demo_prompts, recall_prompt
 
 pytestmark = pytest.mark.gpu
@@ -62,6 +65,51 @@ def test_gpu_equals_cpu_in_every_mode() -> None:
                     lambda c: c.beam_search(prompts, beams, use_tqdm=False)):
             assert tokens(ask(client)) == tokens(ask(on_cpu)), name
     assert on_gpu["preempted"].engine.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_graphs_change_nothing(dtype) -> None:
+    """Batches that grow and shrink through many graph sizes, rows of padding included; with and without stop tokens."""
+    prompts = [recall_prompt(seed, 100 + 40 * seed).prompt for seed in range(11)]
+    options = dict(device="cuda", dtype=dtype, num_gpu_blocks_override=2048, max_num_seqs=12)
+    asked = [SamplingParams(temperature=0, max_tokens=3 + 5 * i, ignore_eos=i % 2 == 0, logprobs=2 if i == 4 else None)
+             if i % 3 else SamplingParams(temperature=0.7, top_p=0.9, seed=i, max_tokens=20) for i in range(11)]
+    answers = []
+    for enforce_eager in (False, True):
+        llm = LLM("tiny", enforce_eager=enforce_eager, **options)
+        assert bool(llm.engine.runner.graphs) is not enforce_eager
+        answers.append(tokens(llm.generate(prompts, asked, use_tqdm=False)))
+        assert_all_returned(llm.engine)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("num_tokens", [1, 7, 40, 130])
+def test_bf16_logits_are_as_near_as_transformers(family, num_tokens, tmp_path) -> None:
+    """Both round; neither may be much further from float32 than the other. 1 and 7 go through the fused projections."""
+    reference = make_checkpoint(tmp_path, family, hidden=256, head_dim=64).cuda()
+    ids = torch.randint(0, reference.config.vocab_size, (1, num_tokens), device="cuda")
+    with torch.inference_mode():
+        exact = reference(ids).logits[0].float()
+        theirs = reference.bfloat16()(ids).logits[0].float()
+    ours = _logits(load_model(tmp_path, device="cuda", dtype="bfloat16"), ids[0])
+
+    def error(logits: torch.Tensor) -> float:
+        return ((logits - exact).norm() / exact.norm()).item()
+
+    assert error(ours) < 1.5 * error(theirs) + 1e-3
+
+
+def _logits(decoder, ids: torch.Tensor) -> torch.Tensor:
+    """Of a prompt read in one step, after each token, in a cache whose other slots are NaN."""
+    cache, n = KVCache(decoder.spec, 12, 16, "cuda", torch.bfloat16), len(ids)
+    cache.poison(range(12))
+    table, positions = torch.randperm(12, device="cuda"), torch.arange(n, device="cuda")
+    slots = table[positions // 16] * 16 + positions % 16
+    batch = AttentionBatch(slots, table[None].int(), [n], [n], contexts=torch.tensor([n], dtype=torch.int32, device="cuda"),
+                           starts=torch.tensor([0, n], dtype=torch.int32, device="cuda"))
+    with torch.inference_mode():
+        return decoder.logits(decoder(ids, positions, cache, batch)).float()
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])

@@ -114,6 +114,7 @@ class NotedRow:
         self.sequence = row.sequence
         self.token_ids = row.sequence.token_ids[: row.num_cached + row.num_new]
         self.num_cached = row.num_cached
+        self.num_logits = row.num_logits
         self.block_table = list(row.block_table)
         self.checked = True  # whether what it reads must be right
 
@@ -165,7 +166,7 @@ class FakeRunner:
                 on_layer(layer)
             self._maybe_break("middle")
         self._maybe_break("end")
-        return StepResult([self._draw(row, key) for row, key in zip(job.plan.rows, keys, strict=True)])
+        return StepResult([self._draw(row, of_row) for row, of_row in zip(job.plan.rows, keys, strict=True)])
 
     def _maybe_break(self, moment):
         if self.break_at == moment:
@@ -174,9 +175,9 @@ class FakeRunner:
             raise self.break_with(f"the runner broke at the {moment}")
 
     def _run_row(self, row, layer):
-        """The key of the row's last token."""
+        """The keys of the tokens after which the row draws."""
         cache, size = self.cache.layers[layer], self.scheduler.manager.block_size
-        key, truth = None, None
+        key, truth, keys = None, None, []
         for position, token in enumerate(row.token_ids):
             slot = row.block_table[position // size], position % size
             truth = key_after(truth, token, layer)
@@ -185,16 +186,17 @@ class FakeRunner:
             key = cache.get(slot)
             self._require(key == truth or not row.checked,
                           f"{row.sequence} reads position {position} wrong in block {slot[0]}")
-        return key
+            keys.append(key)
+        return keys[len(keys) - row.num_logits :]
 
-    def _draw(self, row, key):
+    def _draw(self, row, keys):
         if row.request.request_id in self.spoiled:
             self.spoiled.discard(row.request.request_id)
             self.counts["row errors"] += 1
             return RowResult(error="spoiled")
         answers = range(row.sequence.index, row.sequence.index + row.num_samples)
-        top = logprobs_after(key)[: row.num_top]
-        return RowResult([draw(key, answer) for answer in answers], [-1.0] * row.num_samples, top)
+        top = logprobs_after(keys[-1])[: row.num_top] if row.num_top else []
+        return RowResult([draw(key, answer) for key in keys for answer in answers], [-1.0] * row.num_draws, top)
 
     def _check_plan(self, plan):
         """What every plan promises."""
@@ -202,6 +204,7 @@ class FakeRunner:
         config = scheduler.config
         self.counts["copies"] += len(plan.copies)
         self.counts["preemptions"] += len(plan.preempted)
+        self.counts["drafts"] += sum(row.num_drafts for row in plan.rows)
         self.counts["shared steps"] += len({row.kind for row in plan.rows}) == 2
         self._require(plan.num_tokens <= config.max_num_batched_tokens, f"{plan.num_tokens} tokens in a step")
         self._require(len(plan.rows) <= config.max_num_seqs, f"{len(plan.rows)} rows in a step")
@@ -242,6 +245,29 @@ class FakeRunner:
             self.faults.append(fault)
 
 
+class Oracle:
+    """Proposes the very tokens that will be drawn, but for every `wrong`-th."""
+
+    def __init__(self, ledger, num_tokens=4, wrong=5):
+        self.ledger = ledger
+        self.num_tokens = num_tokens
+        self.wrong = wrong
+        self.known = set()  # sequences that have not been forgotten
+
+    def propose(self, sequence, limit):
+        self.known.add(sequence.seq_id)
+        request = self.ledger.requests[sequence.request_id]
+        tokens = list(sequence.token_ids)
+        while len(tokens) < len(sequence) + min(self.num_tokens, limit):
+            token = draw(key_of(tokens, self.ledger.num_layers - 1), sequence.index)
+            tokens.append((token + (len(tokens) % self.wrong == 0)) % VOCAB)
+        assert tokens[: len(request.prompt_token_ids)] == request.prompt_token_ids
+        return tokens[len(sequence) :]
+
+    def forget(self, sequence):
+        self.known.discard(sequence.seq_id)
+
+
 class LaunchingRunner(FakeRunner):
     """A device that works on its own, as late as it can: a step runs when its result is asked for, after all those launched
     before it. It knows what it was given at the launch, and for a placeholder what the step launched before has drawn.
@@ -271,6 +297,7 @@ class LaunchingRunner(FakeRunner):
             self.counts["ahead"] += len(unknown)
             self._require(all(-1 - token < num_draws for token in unknown), f"{row.sequence} waits for a draw that nobody makes")
             self._require(all(token >= 0 for token in noted.token_ids[:-1]), f"{row.sequence} waits for more than one token")
+            self._require(row.num_drafts == 0 or not unknown, f"{row.sequence} drafts on top of a token that is not known")
             plain = row.request.beam is None and row.request.sampling.repetition_penalty == 1
             self._require(plain or not unknown, f"{row.sequence} draws by what it has written, and does not know it")
 
@@ -294,10 +321,10 @@ class LaunchingRunner(FakeRunner):
 
 
 def make_engine(num_blocks=32, block_size=4, *, caching=True, watermark=0.0, max_num_seqs=8, budget=32, chunk=None,
-                max_model_len=64, num_layers=1, eos=(EOS,), ahead=False):
+                max_model_len=64, num_layers=1, eos=(EOS,), ahead=False, proposer=None):
     """An engine around a FakeRunner; `ahead`: around one that launches."""
     manager = BlockSpaceManager.from_config(CacheConfig(num_blocks, block_size, caching, watermark))
-    scheduler = Scheduler(SchedulerConfig(max_num_seqs, budget, chunk, max_model_len), manager, eos)
+    scheduler = Scheduler(SchedulerConfig(max_num_seqs, budget, chunk, max_model_len), manager, eos, proposer)
     limits = Limits(VOCAB, max_model_len, num_blocks, block_size, max_num_seqs)
     runner = LaunchingRunner if ahead else FakeRunner
     return Engine(runner(scheduler, num_layers), scheduler, limits)

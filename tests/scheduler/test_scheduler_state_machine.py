@@ -24,6 +24,7 @@ from scheduler.fakes import (
     VOCAB,
     Breakdown,
     Ledger,
+    Oracle,
     assert_engine_is_empty,
     assert_nothing_left,
     assert_plans_were_sound,
@@ -73,12 +74,14 @@ class EngineMachine(RuleBasedStateMachine):
         chunk=st.sampled_from([None, None, 1, 3]),
         max_model_len=st.sampled_from([12, 40]),
         ahead=st.booleans(),
+        drafts=st.sampled_from([0, 0, 2, 5]),
     )
-    def set_up(self, num_tokens, block_size, caching, watermark, max_num_seqs, spare_budget, chunk, max_model_len, ahead):
+    def set_up(self, num_tokens, block_size, caching, watermark, max_num_seqs, spare_budget, chunk, max_model_len, ahead, drafts):
         self.engine = make_engine(-(-num_tokens // block_size), block_size, caching=caching, watermark=watermark, max_num_seqs=max_num_seqs,
                                   budget=max_num_seqs + spare_budget, chunk=chunk, max_model_len=max_model_len, ahead=ahead)
         self.scheduler, self.runner = self.engine.scheduler, self.engine.runner
         self.ledger = Ledger(self.scheduler.max_len)
+        self.oracle = self.scheduler.proposer = Oracle(self.ledger, drafts) if drafts else None
         self.seen = []  # every sequence that a plan has named
 
     @rule(prompt=prompts(), params=asked(), handoff=st.sampled_from([False, False, False, True]))
@@ -196,6 +199,7 @@ class EngineMachine(RuleBasedStateMachine):
             moves["worst drain, percent of the work"], 100 * steps // max(1, sum(work)))
         assert self.ledger.open == []
         assert_engine_is_empty(self.engine)
+        assert not self.oracle or not self.oracle.known
 
     # ------------------------------------------------------------------------------------------- invariants
 
@@ -218,6 +222,10 @@ class EngineMachine(RuleBasedStateMachine):
             assert self.scheduler.manager.has_table(entry.group.live[0])
 
     @invariant()
+    def no_fork_outlives_its_step(self):
+        assert self.scheduler._forks == {}
+
+    @invariant()
     def every_token_is_known_between_steps(self):
         assert all(token >= 0 for sequence in self.seen for token in sequence.token_ids)
 
@@ -234,13 +242,16 @@ class EngineMachine(RuleBasedStateMachine):
         self.ledger.assert_tokens_are_right()
         moves["preempted"] += self.runner.counts["preemptions"]
         moves["copies"] += self.runner.counts["copies"]
+        moves["drafts accepted"] += self.scheduler.drafts.accepted
+        moves["drafts rejected"] += self.scheduler.drafts.proposed - self.scheduler.drafts.accepted
         moves["planned ahead"] += self.runner.counts["ahead"]
         moves["prefill and decode in one step"] += self.runner.counts["shared steps"]
         moves["prefix hits"] += self.scheduler.manager.counters.hits
 
 
 EVERY_MOVE = {"n=1", "n=2", "n=3", "beams", "step", "preempted", "cancel", "cancel one", "raise", "interrupt", "row error", "copies",
-              "prefill and decode in one step", "prefix hits", "refused for ever", "handed on", "planned ahead"}
+              "prefill and decode in one step", "prefix hits", "refused for ever", "handed on", "planned ahead",
+              "drafts accepted", "drafts rejected"}
 
 
 def run_machine(examples, **options):

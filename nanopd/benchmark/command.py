@@ -1,0 +1,255 @@
+"""`nanopd bench`: options, the order of things, and where the results go. Loads torch only to measure."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nanopd.benchmark.results import RECORDED, Report
+from nanopd.benchmark.show import progress, show
+
+if TYPE_CHECKING:
+    from nanopd.llm import LLM
+
+HOT = "the GPU lowers its clock under heavy load: each compute-bound figure stands beside the matmul rate of that moment"
+TIMED = "kernels: CUDA graphs over rotating buffers, median of several replays"
+STEADY = "decode: wall time of engine.step() over consecutive steps; idle: outside of the steps' CUDA graphs"
+
+
+class Found(NamedTuple):
+    """What a benchmark hands over to be recorded."""
+
+    ceilings: dict[str, float]
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+    notes: list[str]
+    on_cpu: bool = False
+
+
+def main(args: list[str], prog: str = "nanopd bench") -> int:
+    """Run one benchmark, or all of them. Returns the exit code."""
+    options = _parser(prog).parse_args(args)
+    options.command = shlex.join(["nanopd", "bench", *args])
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"nanopd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; of the benchmark that was running nothing was saved", file=sys.stderr)
+        return 130
+
+
+# --------------------------------------------------------------------------------------------------- options
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--out", type=Path, default=RECORDED, metavar="DIR",
+                        help="write DIR/<device>/<benchmark>.json; default: %(default)s")
+    common.add_argument("--commit", help="the commit to record, where this copy has no .git")
+    parser = argparse.ArgumentParser(prog=prog, description="What this machine reaches, beside what it allows.")
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, parents=[common], help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    kernels = command("kernels", _alone(_kernels), "Attention, linear layers and small kernels, each alone.")
+    kernels.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the reference path, small sizes")
+    kernels.add_argument("--only", nargs="+", choices=("decode_attention", "small", "linear", "prefill_attention"))
+    kernels.add_argument("--no-peers", action="store_true", help="leave FlashInfer out, also where it is installed")
+
+    decode = command("decode", _alone(_decode), "Time of a decode step in the engine, beside its floor.")
+    decode.add_argument("--model", help="default: qwen3-8b, and qwen3-0.6b at 1x512")
+    decode.add_argument("--cells", nargs="+", type=_cell, metavar="BxCONTEXT", help="such as 16x1024")
+    decode.add_argument("--steps", type=_positive, default=50)
+
+    prefill = command("prefill", _alone(_prefill), "Time to a lone prompt's first token, and the rate that makes.")
+    prefill.add_argument("--model", default="qwen3-8b")
+    prefill.add_argument("--tokens", nargs="+", type=_positive, help="prompt lengths")
+
+    serve = command("serve", _alone(_serve), "Many requests at once: tokens written a second.")
+    serve.add_argument("--model", default="qwen3-8b")
+    serve.add_argument("--sets", nargs="+", type=_set, metavar="NxFROM-TO", help="requests and their prompts, such as 48x64-256")
+    serve.add_argument("--output", type=_positive, default=128, help="tokens of each answer")
+    serve.add_argument("--peer", choices=("transformers",), help="the same requests through transformers' generate_batch")
+
+    scheduler = command("scheduler", _alone(_scheduler), "CPU time to plan a step and to take its result in. Needs no GPU.")
+    scheduler.add_argument("--batches", nargs="+", type=_positive)
+    scheduler.add_argument("--context", type=_positive, default=1024)
+    scheduler.add_argument("--steps", type=_positive, default=200)
+
+    command("all", _all, "All of them, what heats the GPU last; about four minutes on an H200.")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _cell(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not BATCHxCONTEXT, such as 16x1024")
+    return int(match[1]), int(match[2])
+
+
+def _set(text: str) -> tuple[int, int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)-([1-9]\d*)", text)
+    if match is None or int(match[2]) > int(match[3]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not REQUESTSxFROM-TO, such as 48x64-256")
+    return int(match[1]), int(match[2]), int(match[3])
+
+
+# ------------------------------------------------------------------------------------------------ benchmarks
+
+
+def _alone(measure: Callable[[argparse.Namespace], Found]) -> Callable[[argparse.Namespace], int]:
+    def run(options: argparse.Namespace) -> int:
+        _record(measure.__name__.strip("_"), measure(options), options)
+        return 0
+    return run
+
+
+def _kernels(options: argparse.Namespace) -> Found:
+    if options.device == "cpu":
+        from nanopd.benchmark.attention import reference_rows
+
+        return Found({}, list(reference_rows()), {}, ["the reference path, float32, wall time, median of 20"],
+                     on_cpu=True)
+    _require_gpu("kernels", "; `nanopd bench kernels --device cpu` times the reference path at small sizes")
+    from nanopd.benchmark import ceilings, kernels
+
+    measured = ceilings.measure()
+    rows, summary = kernels.run(measured["read_gb_s"], options.only or kernels.OPS, not options.no_peers)
+    return Found(measured, rows, summary, [TIMED, HOT])
+
+
+def _decode(options: argparse.Namespace) -> Found:
+    _require_gpu("decode")
+    from nanopd.benchmark import ceilings, serving
+
+    work = {options.model: options.cells or serving.DECODES} if options.model else {
+        serving.SMALL_MODEL: serving.SMALL_DECODES, "qwen3-8b": options.cells or serving.DECODES}
+    measured, rows, starts = ceilings.measure(), [], {}
+    for model, cells in work.items():
+        llm, starts[model] = _engines.open(model)
+        rows += serving.decode_rows(llm, model, cells, measured["read_gb_s"], options.steps)
+    return Found(measured, rows, {"startup": starts}, [STEADY, HOT])
+
+
+def _prefill(options: argparse.Namespace) -> Found:
+    _require_gpu("prefill")
+    from nanopd.benchmark import ceilings, serving
+
+    measured = ceilings.measure()
+    llm, start = _engines.open(options.model)
+    rows = list(serving.prefill_rows(llm, options.model, options.tokens or serving.PROMPTS))
+    return Found(measured, rows, {"startup": {options.model: start}}, [HOT])
+
+
+def _serve(options: argparse.Namespace) -> Found:
+    _require_gpu("serve")
+    from nanopd.benchmark import ceilings, serving
+
+    measured, sets = ceilings.measure(), options.sets or serving.SETS
+    llm, start = _engines.open(options.model)
+    rows = list(serving.serve_rows(llm, options.model, sets, options.output))
+    if options.peer:
+        del llm
+        _engines.close()
+        rows += serving.transformers_rows(options.model, sets, options.output)
+    return Found(measured, rows, {"startup": {options.model: start}}, [HOT])
+
+
+def _scheduler(options: argparse.Namespace) -> Found:
+    from nanopd.benchmark import planning
+
+    rows = planning.run(options.batches or planning.BATCHES, options.context, options.steps)
+    return Found({}, rows, {}, ["steady decode, greedy, prefix cache on; one CPU core"])
+
+
+def _all(options: argparse.Namespace) -> int:
+    """One after the other, each saved when it is done. One that fails does not keep the others from running."""
+    _require_gpu("all")
+    failed = []
+    for name in ("scheduler", "kernels", "decode", "prefill", "serve"):
+        chosen = _parser("nanopd bench").parse_args([name])
+        chosen.out, chosen.commit, chosen.command = options.out, options.commit, options.command
+        try:
+            chosen.run(chosen)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+    if failed:
+        print(f"nanopd: failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+# ----------------------------------------------------------------------------------------------------- parts
+
+
+def _require_gpu(bench: str, otherwise: str = "; `nanopd bench scheduler` runs anywhere") -> None:
+    import torch
+
+    from nanopd.benchmark.environment import CannotMeasure
+
+    if not torch.cuda.is_available():
+        raise CannotMeasure(f"`bench {bench}` needs a CUDA device, and torch sees none{otherwise}")
+
+
+class _Engines:
+    """Keeps the engine that was last asked for: several benchmarks in a row use it."""
+
+    def __init__(self) -> None:
+        self._model: str | None = None
+        self._opened: tuple[LLM, dict[str, Any]] | None = None
+
+    def open(self, model: str) -> tuple[LLM, dict[str, Any]]:
+        """The engine and its start-up times."""
+        from nanopd.benchmark.serving import open_model
+
+        if self._opened is None or self._model != model:
+            self.close()
+            self._model, self._opened = model, open_model(model)
+        return self._opened
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened[0].shutdown()
+            self._opened = None
+
+
+_engines = _Engines()
+
+
+def _record(bench: str, found: Found, options: argparse.Namespace) -> None:
+    from nanopd.benchmark import environment
+
+    commit, dirty = (options.commit, None) if options.commit else environment.commit()
+    report = Report(
+        bench=bench, date=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=options.command,
+        commit=commit, dirty=dirty, device=environment.device_facts(found.on_cpu), versions=environment.versions(),
+        ceilings=_rounded(found.ceilings), rows=_rounded(found.rows), summary=_rounded(found.summary), notes=found.notes)
+    show(report)
+    progress(f"saved {report.save(options.out)}")
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits are more than any of these measurements holds."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list) else value
