@@ -4,15 +4,25 @@
 // Where sizes or addresses do not allow 16 bytes, the same kernels move single elements.
 // Results are rounded where Hugging Face's modules round, so that greedy tokens agree with theirs.
 #include <algorithm>
+#include <climits>
 
 #include "common.cuh"
 
 namespace nanopd {
 namespace {
 
+// Each rounded to T, as an operation of torch's is, and never fused into one.
 template <typename T>
-__device__ __forceinline__ float rounded(float x) {
-    return to_float(from_float<T>(x));
+__device__ __forceinline__ T product(T a, T b) {
+    if constexpr (sizeof(T) == 4) return __fmul_rn(a, b); else return __hmul_rn(a, b);
+}
+template <typename T>
+__device__ __forceinline__ T sum(T a, T b) {
+    if constexpr (sizeof(T) == 4) return __fadd_rn(a, b); else return __hadd_rn(a, b);
+}
+template <typename T>
+__device__ __forceinline__ T difference(T a, T b) {
+    if constexpr (sizeof(T) == 4) return __fsub_rn(a, b); else return __hsub_rn(a, b);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -67,8 +77,8 @@ __global__ void rms_norm_kernel(T* out, const T* x, const T* weight, int size, f
         if (index >= count) continue;
 #pragma unroll
         for (int j = 0; j < V::size; ++j) {
-            const float normed = rounded<T>(to_float(row[i].values[j]) * scale);
-            row[i].values[j] = from_float<T>(to_float(weights[i].values[j]) * normed);
+            const T normed = from_float<T>(to_float(row[i].values[j]) * scale);
+            row[i].values[j] = product(weights[i].values[j], normed);
         }
         target[index] = row[i];
     }
@@ -103,14 +113,13 @@ __global__ void silu_and_mul_kernel(T* out, const T* gate_up, int size, int chun
     if (index >= size / V::size) return;
     const V gate = reinterpret_cast<const V*>(gate_up + row * 2 * size)[index];
     const V up = reinterpret_cast<const V*>(gate_up + (row * 2 + 1) * size)[index];
-    V product;
+    V result;
 #pragma unroll
     for (int j = 0; j < V::size; ++j) {
         const float x = to_float(gate.values[j]);
-        const float activated = rounded<T>(x / (1.f + __expf(-x)));
-        product.values[j] = from_float<T>(activated * to_float(up.values[j]));
+        result.values[j] = product(from_float<T>(x / (1.f + __expf(-x))), up.values[j]);
     }
-    reinterpret_cast<V*>(out + row * size)[index] = product;
+    reinterpret_cast<V*>(out + row * size)[index] = result;
 }
 
 template <typename T, typename V>
@@ -144,12 +153,13 @@ __device__ __forceinline__ float group_sum(float value, int lanes) {
 // vectors of both halves, and nothing passes between threads but the norm's sum.
 template <typename T, typename V, int items>
 __global__ void rope_and_store_kernel(const RopeArguments<T> a) {
-    const int64_t group = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / a.lanes;
+    const unsigned group = blockIdx.x * (blockDim.x / a.lanes) + threadIdx.x / a.lanes;
     const int lane = threadIdx.x % a.lanes;
-    const int all_heads = a.heads + 2 * a.kv_heads, half = a.head_dim / 2;
-    const bool working = group < int64_t(a.num_tokens) * all_heads;
+    const unsigned all_heads = a.heads + 2 * a.kv_heads;
+    const int half = a.head_dim / 2;
+    const bool working = group < a.num_tokens * all_heads;
     const int64_t token = working ? group / all_heads : 0;
-    const int head = working ? static_cast<int>(group % all_heads) : 0;
+    const int head = working ? group % all_heads : 0;
     const bool is_query = head < a.heads, is_value = head >= a.heads + a.kv_heads;
     const T* weight = is_query ? a.q_weight : is_value ? nullptr : a.k_weight;
     T* const self = a.qkv + (token * all_heads + head) * a.head_dim;
@@ -195,8 +205,8 @@ __global__ void rope_and_store_kernel(const RopeArguments<T> a) {
                 for (int j = 0; j < V::size; ++j) {
 #pragma unroll
                     for (int k = 0; k < 2; ++k) {
-                        const float normed = rounded<T>(to_float(x[k][i].values[j]) * scale);
-                        x[k][i].values[j] = from_float<T>(to_float(weights[k][i].values[j]) * normed);
+                        const T normed = from_float<T>(to_float(x[k][i].values[j]) * scale);
+                        x[k][i].values[j] = product(weights[k][i].values[j], normed);
                     }
                 }
             });
@@ -210,11 +220,9 @@ __global__ void rope_and_store_kernel(const RopeArguments<T> a) {
             const V sin_0 = load(sin + d), sin_1 = load(sin + half + d);
 #pragma unroll
             for (int j = 0; j < V::size; ++j) {
-                const float first = to_float(x[0][i].values[j]), second = to_float(x[1][i].values[j]);
-                x[0][i].values[j] = from_float<T>(rounded<T>(first * to_float(cos_0.values[j])) -
-                                                  rounded<T>(second * to_float(sin_0.values[j])));
-                x[1][i].values[j] = from_float<T>(rounded<T>(second * to_float(cos_1.values[j])) +
-                                                  rounded<T>(first * to_float(sin_1.values[j])));
+                const T first = x[0][i].values[j], second = x[1][i].values[j];
+                x[0][i].values[j] = difference(product(first, cos_0.values[j]), product(second, sin_0.values[j]));
+                x[1][i].values[j] = sum(product(second, cos_1.values[j]), product(first, sin_1.values[j]));
             }
         });
     }
@@ -237,8 +245,8 @@ cudaError_t launch_rope_and_store(RopeArguments<T> arguments, cudaStream_t strea
     const int vectors = arguments.head_dim / 2 / V::size;
     arguments.lanes = 1;
     while (arguments.lanes < 32 && arguments.lanes < vectors) arguments.lanes *= 2;
-    if (vectors > arguments.lanes * items) return cudaErrorInvalidValue;
     const int64_t groups = int64_t(arguments.num_tokens) * (arguments.heads + 2 * arguments.kv_heads);
+    if (vectors > arguments.lanes * items || groups > INT_MAX) return cudaErrorInvalidValue;
     constexpr int threads = 128;
     return launch(rope_and_store_kernel<T, V, items>, divide_up(groups * arguments.lanes, threads), threads, 0, stream,
                   arguments);

@@ -218,17 +218,18 @@ cudaError_t launch_linear(const LinearArguments& arguments, cudaStream_t stream)
 }  // namespace
 
 bool linear_supports(int tokens, int in_features, int out_features, bool silu, DType dtype) {
-    return dtype != DType::f32 && tokens >= 1 && tokens <= 2 * kTileTokens && in_features % 8 == 0 &&
-           in_features <= 16384 && out_features >= 1 && !(silu && out_features % 2);
+    if (dtype == DType::f32 || tokens < 1 || in_features % 8 != 0 || in_features > 16384) return false;
+    return tokens <= 2 * kTileTokens || block_linear_supports(tokens, in_features, out_features, silu);
 }
 
-int64_t linear_scratch_bytes(int) { return 0; }
+int64_t linear_scratch_bytes(int) { return block_linear_scratch_bytes(); }
 
 cudaError_t linear(const LinearArguments& arguments, cudaStream_t stream) {
-    if (!linear_supports(arguments.tokens, arguments.in_features, arguments.out_features, arguments.silu,
-                         arguments.dtype))
-        return cudaErrorInvalidValue;
-    if (hopper_linear_supports(arguments.tokens, arguments.in_features)) return hopper_linear(arguments, stream);
+    const int tokens = arguments.tokens, in = arguments.in_features, out = arguments.out_features;
+    if (!linear_supports(tokens, in, out, arguments.silu, arguments.dtype)) return cudaErrorInvalidValue;
+    if (hopper_linear_supports(tokens, in)) return hopper_linear(arguments, stream);
+    if (tokens > kTileTokens && block_linear_supports(tokens, in, out, arguments.silu))
+        return block_linear(arguments, stream);
     return arguments.dtype == DType::bf16 ? launch_linear<__nv_bfloat16>(arguments, stream)
                                           : launch_linear<__half>(arguments, stream);
 }

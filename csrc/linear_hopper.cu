@@ -4,9 +4,7 @@
 // shared memory, and it runs up to kStages such pieces ahead of the eight warps that multiply. A piece announces itself
 // by the bytes that arrive at an mbarrier (`full`); the multiplying warps give its room back at another (`empty`).
 // The pieces of the first stages are asked for before wait_for_previous(), so memory streams across kernel boundaries.
-#include <cuda.h>
-
-#include "common.cuh"
+#include "hopper.cuh"
 #include "linear.cuh"
 
 namespace nanopd {
@@ -23,64 +21,6 @@ constexpr int kStageColumns = kWarps * kBoxColumns;
 constexpr int kBoxBytes = kBoxRows * kStageColumns * 2;
 constexpr int kRowBytes = kStageColumns * 2;
 constexpr int kMaxStages = 12;
-
-// --------------------------------------------------------------------------------------- mbarriers and TMA
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-}
-
-// The box of `map` at (0, row, column / 64) to shared memory; its bytes are counted at `full`.
-__device__ __forceinline__ void load_box(void* target, const CUtensorMap* map, int row, int box_column, uint64_t* full,
-                                         uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(target)),
-        "l"(map), "r"(0), "r"(row), "r"(box_column), "r"(shared_address(full)), "l"(policy)
-        : "memory");
-}
-__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int row, int box_column) {
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(0), "r"(row),
-                 "r"(box_column)
-                 : "memory");
-}
-
-__device__ __forceinline__ uint64_t read_once_policy() {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-__device__ __forceinline__ uint64_t read_often_policy() {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
 
 __device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
 
@@ -115,7 +55,7 @@ __device__ __forceinline__ float inverse_rms(Shared& shared, const LinearArgumen
 template <typename T, bool kSilu>
 __global__ void __launch_bounds__(kThreads) stream_kernel(const LinearArguments arguments,
                                                           const __grid_constant__ CUtensorMap weight_map,
-                                                          const __grid_constant__ CUtensorMap token_map, int stages, int prefetch) {
+                                                          const __grid_constant__ CUtensorMap token_map, int stages) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     const int tokens = arguments.tokens, in = arguments.in_features, stage_bytes = 2 * kBoxBytes + tokens * kRowBytes;
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes + stages * stage_bytes);
@@ -143,25 +83,17 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(const LinearArguments 
             const int total = (tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x) * steps;
             auto load_weights = [&](int tile, int step, int s) {
                 barrier_expect(&shared.full[s], stage_bytes);
-                load_box(shared_bytes + s * stage_bytes, &weight_map, tile * kTileOutputs, step * kWarps, &shared.full[s], once);
-                load_box(shared_bytes + s * stage_bytes + kBoxBytes, &weight_map, tile * kTileOutputs + second_box, step * kWarps, &shared.full[s], once);
+                load_box(shared_bytes + s * stage_bytes, &weight_map, 0, tile * kTileOutputs, step * kWarps, 0, &shared.full[s], once);
+                load_box(shared_bytes + s * stage_bytes + kBoxBytes, &weight_map, 0, tile * kTileOutputs + second_box, step * kWarps, 0, &shared.full[s], once);
             };
             auto load_tokens = [&](int step, int s) {
-                load_box(shared_bytes + s * stage_bytes + 2 * kBoxBytes, &token_map, 0, step * kWarps, &shared.full[s], often);
+                load_box(shared_bytes + s * stage_bytes + 2 * kBoxBytes, &token_map, 0, 0, step * kWarps, 0, &shared.full[s], often);
             };
             int tile = blockIdx.x, step = 0;
             auto advance = [&] {
                 if (++step == steps) step = 0, tile += gridDim.x;
             };
             for (int i = 0; i < stages && i < total; i++, advance()) load_weights(tile, step, i);
-            {
-                int t2 = tile, s2 = step;
-                for (int i = stages; i < stages + prefetch && i < total; i++) {
-                    prefetch_box(&weight_map, t2 * kTileOutputs, s2 * kWarps);
-                    prefetch_box(&weight_map, t2 * kTileOutputs + second_box, s2 * kWarps);
-                    if (++s2 == steps) s2 = 0, t2 += gridDim.x;
-                }
-            }
             let_next_start();
             wait_for_previous();
             for (int i = 0; i < stages && i < total; i++) load_tokens(i % steps, i);
@@ -229,22 +161,11 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(const LinearArguments 
     }
 }
 
-// A matrix [rows, columns] as boxes of box_rows x 512 columns, in slices of 64 columns.
-bool encode(CUtensorMap* map, const void* matrix, int rows, int columns, int box_rows, DType dtype) {
-    static const auto encode_tiled = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-    }();
-    const cuuint64_t sizes[3] = {kBoxColumns, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(columns) / kBoxColumns};
-    const cuuint64_t strides[2] = {static_cast<cuuint64_t>(columns) * 2, kBoxColumns * 2};
-    const cuuint32_t box[3] = {kBoxColumns, static_cast<cuuint32_t>(box_rows), kWarps}, steps[3] = {1, 1, 1};
-    const auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    return encode_tiled && encode_tiled(map, type, 3, const_cast<void*>(matrix), sizes, strides, box, steps,
-                                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+// A matrix [rows, columns] in slices of 64 columns; a box is `box_rows` rows of eight slices.
+View slices(const void* matrix, int rows, int columns, int box_rows) {
+    const cuuint64_t height = rows, width = columns;
+    return {matrix, {kBoxColumns, height, width / kBoxColumns, 1}, {width * 2, kBoxColumns * 2, height * width * 2},
+            {kBoxColumns, static_cast<cuuint32_t>(box_rows), kWarps, 1}};
 }
 
 template <typename T, bool kSilu>
@@ -258,14 +179,14 @@ cudaError_t launch_stream(const LinearArguments& arguments, cudaStream_t stream)
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
     CUtensorMap weight_map, token_map;
-    if (!encode(&weight_map, arguments.weight, arguments.out_features, arguments.in_features, kBoxRows, arguments.dtype) ||
-        !encode(&token_map, arguments.x, arguments.tokens, arguments.in_features, arguments.tokens, arguments.dtype))
+    const int in = arguments.in_features, tokens = arguments.tokens;
+    if (!encode(&weight_map, arguments.dtype, slices(arguments.weight, arguments.out_features, in, kBoxRows)) ||
+        !encode(&token_map, arguments.dtype, slices(arguments.x, tokens, in, tokens)))
         return cudaErrorInvalidValue;
     const int rows = kSilu ? arguments.out_features / 2 : arguments.out_features;
     const int tile = kSilu ? kBoxRows : kTileRows;
     const int blocks = min((rows + tile - 1) / tile, multiprocessor_count());
-    static const int prefetch = getenv("PREFETCH") ? atoi(getenv("PREFETCH")) : 0;
-    return launch(kernel, dim3(blocks), dim3(kThreads), bytes, stream, arguments, weight_map, token_map, stages, prefetch);
+    return launch(kernel, dim3(blocks), dim3(kThreads), bytes, stream, arguments, weight_map, token_map, stages);
 }
 
 }  // namespace

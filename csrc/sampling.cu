@@ -8,6 +8,7 @@ namespace {
 
 constexpr int threads = 512;
 constexpr int warps = threads / 32;
+constexpr int loads = 5;  // that each thread has in flight: enough for a row of 160,000 logits of 2 bytes
 
 // One row's vocabulary is too much for one multiprocessor when there are few rows. Where thread blocks can form a
 // cluster, and so read each other's shared memory, eight share a row; on older GPUs one does it alone.
@@ -43,17 +44,22 @@ __device__ __forceinline__ Part merged_over_warp(Part part) {
     return part;
 }
 
+// The sum is scaled anew only where a pack raises the maximum, which soon becomes rare.
 template <typename V>
-__device__ __forceinline__ Part part_of(const V& pack, int start) {
-    Part part;
+__device__ __forceinline__ void add(Part& part, const V& pack, int start) {
+    float top = to_float(pack.values[0]);
 #pragma unroll
-    for (int j = 0; j < V::size; ++j) {
-        const float x = to_float(pack.values[j]);
-        if (x > part.max) part = {x, 0.f, start + j};
+    for (int j = 1; j < V::size; ++j) top = fmaxf(top, to_float(pack.values[j]));
+    if (top > part.max) {
+        part.sum *= __expf(part.max - top);
+        part.max = top;
+#pragma unroll
+        for (int j = V::size - 1; j >= 0; --j) {
+            if (to_float(pack.values[j]) == top) part.index = start + j;
+        }
     }
 #pragma unroll
     for (int j = 0; j < V::size; ++j) part.sum += __expf(to_float(pack.values[j]) - finite(part.max));
-    return part;
 }
 
 // Row blockIdx.y, shared by gridDim.x thread blocks.
@@ -68,9 +74,18 @@ greedy_sample_kernel(int64_t* token_ids, float* logprobs, bool* broken, const T*
 
     const V* row = reinterpret_cast<const V*>(logits + int64_t(blockIdx.y) * vocab);
     Part part;
-#pragma unroll 4
-    for (int i = blockIdx.x * threads + threadIdx.x; i < vocab / V::size; i += gridDim.x * threads)
-        part = merged(part, part_of(row[i], i * V::size));
+    const int count = vocab / V::size, step = gridDim.x * threads;
+    for (int first = blockIdx.x * threads + threadIdx.x; first < count; first += loads * step) {
+        V packs[loads];
+#pragma unroll
+        for (int k = 0; k < loads; ++k) {
+            if (first + k * step < count) packs[k] = row[first + k * step];
+        }
+#pragma unroll
+        for (int k = 0; k < loads; ++k) {
+            if (first + k * step < count) add(part, packs[k], (first + k * step) * V::size);
+        }
+    }
 
     part = merged_over_warp(part);
     if (lane == 0) parts[warp] = part;

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "nanopd"
 # name that fits a module is the one that counts, and a part may always import itself.
 BASE = {"core", "config"}
 BLOCKS = BASE | {"block_manager.pool", "block_manager.manager"}
-SCHEDULING = BLOCKS | {"engine.beam", "engine.limits", "engine.scheduler"}
+SCHEDULING = BLOCKS | {"engine.beam", "engine.limits", "engine.speculative", "engine.scheduler"}
 TENSORS = BASE | {"paged_attention", "block_manager.cache"}
 MODELS = TENSORS | {"models", "tiny"}
 STEPPING = SCHEDULING | {"engine.engine", "engine.output"}
@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.beam": BLOCKS,
     "engine.limits": BASE,
     "engine.output": BASE,
+    "engine.speculative": BASE,
     "engine.scheduler": SCHEDULING,
     "engine.engine": SCHEDULING | {"engine.output"},
     # tensors

@@ -178,8 +178,9 @@ def prefill_rows(cases: Iterable[tuple[int, int]] = PREFILLS) -> Iterator[dict[s
     for new, prefix in cases:
         progress(f"prefill attention: {new} after {prefix}")
         flops = attention_flops(shape.heads, shape.head_dim, new, prefix)
-        for kernel, call in _prefill_calls(pool, new, prefix).items():
-            us, rate = beside_matmul(partial(eager_us, call))
+        calls = _prefill_calls(pool, new, prefix)
+        times, rate = beside_matmul(lambda calls=calls: [eager_us(call) for call in calls.values()])
+        for kernel, us in zip(calls, times):
             tflop_s = flops / us / 1e6
             yield {"op": "prefill_attention", "new": new, "prefix": prefix, **asdict(shape), "kernel": kernel,
                    "us": us, "tflop_s": tflop_s, "share": tflop_s / rate}
@@ -195,7 +196,8 @@ def _prefill_calls(pool: Pool, new: int, prefix: int) -> dict[str, Call]:
     out = torch.empty_like(query)
     cache = pool.key[:blocks], pool.value[:blocks]
     key, value = (part[table[0]].flatten(0, 1)[:context] for part in cache)
-    batch = AttentionBatch(contexts.long(), table, [new], [context], contexts=contexts, starts=starts)
+    nowhere = torch.full((new,), -1, device="cuda")  # attention alone stores nothing
+    batch = AttentionBatch(nowhere, table, [new], [context], contexts=contexts, starts=starts)
     return {
         ENGINE: partial(ops.paged_attention, query, *cache, batch, shape.scale),
         "paged": partial(cuda.prefill_attention, out, query, *cache, table, starts, contexts, new, shape.scale),

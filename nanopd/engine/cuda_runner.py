@@ -201,6 +201,7 @@ class BlockTables:
     def __init__(self, max_rows: int, width: int, device: torch.device) -> None:
         self._data = torch.zeros(max_rows, width, dtype=torch.int32, device=device)
         self._known: list[_KnownRow | None] = [None] * max_rows
+        self._row_of: dict[int, int] = {}  # by sequence: each is known in one row at most
 
     def rows(self, count: int) -> Tensor:
         return self._data[:count]
@@ -208,11 +209,15 @@ class BlockTables:
     def update(self, plan: StepPlan) -> None:
         if plan.preempted:  # who comes back has other blocks
             self._known = [None] * len(self._known)
+            self._row_of.clear()
         width = self._data.shape[1]
         places: list[int] = []
         blocks: list[int] = []
         for number, row in enumerate(plan.rows):
             known = self._known[number]
+            if known is None or known.seq_id != row.sequence.seq_id:
+                self._move_in(number, row.sequence.seq_id)
+                known = None
             start = known.num_blocks if known is not None and known.continues_in(row) else 0
             count = len(row.block_table)
             if start < count:
@@ -222,6 +227,16 @@ class BlockTables:
         if places:
             device = self._data.device
             self._data.view(-1).index_copy_(0, upload(places, device), upload(blocks, device, torch.int32))
+
+
+    def _move_in(self, number: int, seq_id: int) -> None:
+        """The row is another sequence's now. Where that was before, it may leave with other blocks than it comes back with."""
+        resident, last_row = self._known[number], self._row_of.get(seq_id)
+        if resident is not None:
+            self._row_of.pop(resident.seq_id, None)
+        if last_row is not None:
+            self._known[last_row] = None
+        self._row_of[seq_id] = number
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,8 @@ class Engine:
                      for row in plan.rows)
         self.history.append(StepRecord(
             self.num_steps, rows, tuple(plan.preempted), len(self.scheduler.waiting),
-            self.scheduler.manager.num_free_blocks, len(plan.copies), result.duration))
+            self.scheduler.manager.num_free_blocks, len(plan.copies), result.duration,
+            num_drafts=sum(row.num_drafts for row in plan.rows), num_accepted=sum(row.num_accepted for row in plan.rows)))
         self.num_steps += 1
 
 

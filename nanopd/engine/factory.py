@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -15,6 +15,7 @@ from nanopd.engine.engine import Engine
 from nanopd.engine.limits import Limits
 from nanopd.engine.runner import ModelRunner
 from nanopd.engine.scheduler import Scheduler
+from nanopd.engine.speculative import PromptLookup
 from nanopd.models.decoder import Decoder
 
 CPU_CACHE_BYTES = 2**30  # for each engine; taken up only as blocks are written
@@ -34,13 +35,15 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     watermark: float = 0.01
     enforce_eager: bool = False  # on a GPU: queue every operation, record no CUDA graphs
+    num_speculative_tokens: int = 0  # drafts a step, copied from what followed the latest tokens before; 0: none
+    prompt_lookup_max: int = 4  # how many of the latest tokens must have stood together before: at first
+    prompt_lookup_min: int = 2  # and at least
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "prefill_chunk_size", "block_size",
-                     "num_gpu_blocks_override"):
-            value = getattr(self, name)
-            if type(value) is not int and (value is not None or name in ("max_num_seqs", "max_num_batched_tokens", "block_size")):
-                raise ConfigError(f"{name} must be an integer, got {value!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if "int" in field.type and type(value) is not int and not (value is None and "None" in field.type):
+                raise ConfigError(f"{field.name} must be an integer, got {value!r}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.max_model_len is not None and self.max_model_len < 2:
@@ -66,7 +69,8 @@ def build_engine(model: Decoder, device: torch.device, options: EngineOptions, c
         options.max_num_seqs, options.max_num_batched_tokens, options.prefill_chunk_size, max_model_len)
     limits = Limits(spec.vocab_size, max_model_len, num_blocks, options.block_size, options.max_num_seqs)
     runner = _runner(model, cache, scheduler_config, options)
-    return Engine(runner, Scheduler(scheduler_config, manager, spec.eos_token_ids), limits)
+    scheduler = Scheduler(scheduler_config, manager, spec.eos_token_ids, _proposer(options))
+    return Engine(runner, scheduler, limits)
 
 
 def _runner(model: Decoder, cache: KVCache, config: SchedulerConfig, options: EngineOptions) -> ModelRunner:
@@ -75,6 +79,12 @@ def _runner(model: Decoder, cache: KVCache, config: SchedulerConfig, options: En
         return ModelRunner(model, cache, eos_token_ids)
     return CudaRunner(model, cache, eos_token_ids, max_num_seqs=config.max_num_seqs, max_len=config.max_model_len,
                       enforce_eager=options.enforce_eager)
+
+
+def _proposer(options: EngineOptions) -> PromptLookup | None:
+    if options.num_speculative_tokens == 0:
+        return None
+    return PromptLookup(options.num_speculative_tokens, options.prompt_lookup_max, options.prompt_lookup_min)
 
 
 def _allocate(spec: ModelSpec, config: CacheConfig, device: torch.device, dtype: torch.dtype) -> KVCache:

@@ -257,6 +257,8 @@ class Scheduler:
             drafts = proposer.propose(row.sequence, room) if room > 0 else []
             if drafts:
                 self._draft(row, drafts)
+        if self._forks:
+            plan.rows.sort(key=lambda row: row.num_new > 1)  # kernels take the rows of one token together, from the front
 
     @staticmethod
     def _may_draft(request: Request) -> bool:

@@ -83,8 +83,9 @@ class KernelExplorer(Panel):
         self._redraw()
 
     def matching(self, measurements: list[Measurement]) -> dict[str, Measurement]:
-        """The latest of each kernel at the shape shown."""
-        return {m.kernel: m for m in measurements if m.shape == self.shape}
+        """The latest of each kernel at the shape shown; the engine's own come last, and so on top."""
+        found = {m.kernel: m for m in measurements if m.shape == self.shape}
+        return dict(sorted(found.items(), key=lambda item: item[0] in KERNELS))
 
     @property
     def sentence(self) -> str:
@@ -96,15 +97,16 @@ class KernelExplorer(Panel):
                  t("explorer.takes", floor=_us(guess.floor), seconds=_us(guess.seconds),
                    share=f"{100 * guess.floor / guess.seconds:.0f}")]
         for kind, measurements in (("explorer.measured", self.measured), ("explorer.recorded", self.recorded)):
-            lines += [t(kind, kernel=_name(m.kernel), seconds=_us(m.seconds), source=escape(m.source),
-                        share=f"{100 * guess.floor / m.seconds:.0f}") for m in self.matching(measurements).values()]
+            found = list(self.matching(measurements).values())
+            times = [f"{_name(m.kernel)} {_us(m.seconds)} ({100 * guess.floor / m.seconds:.0f}%)" for m in found]
+            lines += [t(kind, source=escape(found[0].source), times=" · ".join(times))] if found else []
         return "<br>".join(lines)
 
     def snapshot(self) -> go.Figure:
         """What is shown now as a static figure, with the words as its title."""
         figure = go.Figure(self.figure.to_plotly_json())
         figure.update_layout(title={"text": self.sentence, "font_size": 12, "x": 0.01, "xanchor": "left",
-                                    "yref": "container", "y": 0.98, "yanchor": "top"})
+                                    "yref": "container", "y": 0.97, "yanchor": "top"})
         extra = 18 * (2 + self.sentence.count("<br>"))
         return figure.update_layout(margin_t=figure.layout.margin.t + extra, height=figure.layout.height + extra)
 
@@ -164,11 +166,13 @@ class KernelExplorer(Panel):
         ridge = device.peak_flops / device.bandwidth
         low, high = min(0.5, intensity / 2), max(4 * ridge, 4 * intensity)
         self.figure.data[ROOF].update(x=[low, ridge, high], y=[low * device.bandwidth, *[device.peak_flops] * 2])
-        self._mark(ESTIMATE, [Measurement(self.kernel, self.shape, self.estimate.seconds)])
-        self._mark(MEASURED, [*self.matching(self.measured).values()])
-        self._mark(RECORDED, [*self.matching(self.recorded).values()])
+        shown = {ESTIMATE: [Measurement(self.kernel, self.shape, self.estimate.seconds)],
+                 MEASURED: [*self.matching(self.measured).values()], RECORDED: [*self.matching(self.recorded).values()]}
+        for trace, points in shown.items():
+            self._mark(trace, points)
+        slowest = min(point.shape.flops / point.seconds for points in shown.values() for point in points)
         self.figure.layout.xaxis.range = [math.log10(low), math.log10(high)]
-        top, bottom = math.log10(2 * device.peak_flops), math.log10(low * device.bandwidth / 4)
+        top, bottom = math.log10(2 * device.peak_flops), math.log10(min(low * device.bandwidth, slowest) / 2)
         self.figure.layout.yaxis.update(
             range=[bottom, top], tickvals=[10.0**k for k in range(math.ceil(bottom), math.floor(top) + 1)],
             ticktext=[_si(10.0**k) for k in range(math.ceil(bottom), math.floor(top) + 1)])

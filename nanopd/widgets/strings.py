@@ -206,12 +206,12 @@ STRINGS: dict[str, tuple[str, str]] = {
         "<b>时间</b> 下限 {floor}；估计 {seconds}，相当于带宽的 {share}%",
     ),
     "explorer.measured": (
-        "<b>Measured here</b> {kernel}: {seconds}, {share}% of the bandwidth{source}",
-        "<b>本机实测</b> {kernel}：{seconds}，带宽的 {share}%{source}",
+        "<b>Measured here{source}</b> {times} (of the bandwidth)",
+        "<b>本机实测{source}</b> {times}（占带宽）",
     ),
     "explorer.recorded": (
-        "<b>Recorded on {source}</b> {kernel}: {seconds}, {share}% of the bandwidth",
-        "<b>录自 {source}</b> {kernel}：{seconds}，带宽的 {share}%",
+        "<b>Recorded on {source}</b> {times} (of the bandwidth)",
+        "<b>录自 {source}</b> {times}（占带宽）",
     ),
     "explorer.legend_estimate": ("estimate", "估计"),
     "explorer.legend_measured": ("measured here", "本机实测"),

@@ -176,7 +176,7 @@ grouped = estimate(lone, device, "grouped")
 guess.reveal(busy_sms=min(grouped.ctas, device.num_sms), times_the_floor=grouped.seconds / grouped.floor)
 
 # %% [markdown] lang="en"
-# (It is a model: a real SM can draw more than its fair share while others idle, yet not ten times as much.) The cure is
+# (It is a model: while others idle, a real SM can draw more than its fair share, but by far not the whole.) The cure is
 # **split-KV**: cut the context into splits of whole blocks, a thread block for each. But in how many? Thread blocks run in
 # **waves** of one for each SM; a wave takes as long as its longest split. With 132 SMs and 8 KV heads, 16 splits make 128
 # thread blocks: one wave. 17 make 136: a second wave for four stragglers.
@@ -185,7 +185,7 @@ guess.reveal(busy_sms=min(grouped.ctas, device.num_sms), times_the_floor=grouped
 # `num_blocks`, for which it is least; of equals the smallest.
 
 # %% [markdown] lang="zh"
-# （这只是个模型：别的 SM 闲着的时候，真实的 SM 能拿到的比平均份额多，但多不到十倍。）药方是 **split-KV**：把上下文切成几份，
+# （这只是个模型：别的 SM 闲着的时候，真实的 SM 能拿到的比平均份额多一些，但离独占全部还差得远。）药方是 **split-KV**：把上下文切成几份，
 # 每份是整数个块，各给一个线程块。可是切几份好？线程块一**波**一波地跑，每波每个 SM 一个；一波的时间由最长的那份决定。
 # 132 个 SM、8 个 KV 头，切 16 份就是 128 个线程块，一波跑完；切 17 份是 136 个，为了四个掉队的又要多跑一波。
 #
@@ -397,8 +397,8 @@ if times.live:
 decodes = show_recorded("decode", ["model", "batch", "context", "ms", "floor_ms", "over_floor", "gpu_idle_share"])
 
 # %% [markdown] lang="en"
-# `over_floor` is the whole step against reading weights and KV cache once. What is left above 1 is mostly the matrix products
-# not quite reaching the bandwidth, and the short kernels between them.
+# `over_floor` is the whole step over its floor: weights and KV cache read once (or multiplied with, where that takes longer). What
+# is left above 1 is all that the engine could still gain, attention, matrix products and gaps together.
 #
 # ## 3.8 Prefill is the other animal
 #
@@ -406,7 +406,8 @@ decodes = show_recorded("decode", ["model", "batch", "context", "ms", "floor_ms"
 # many new tokens on is attention compute-bound on this device?**
 
 # %% [markdown] lang="zh"
-# `over_floor` 是整步用时除以“权重和 KV 缓存各读一遍”的用时。比 1 多出来的，大半是矩阵乘还没完全吃满带宽，再就是它们之间那些短小的内核。
+# `over_floor` 是整步用时除以它的下限，也就是权重和 KV 缓存各读一遍的用时（乘法更慢的话，按乘法算）。比 1 多出来的部分，
+# 就是引擎还能榨的全部：注意力、矩阵乘和间隙都在里面。
 #
 # ## 3.8 预填充是另一种动物
 #
@@ -427,13 +428,12 @@ for row in chunks:
 # %%
 from nanopd.benchmark.floors import attention_flops
 
-decode = times.seconds("split_kv", shape)
-points = [("decode, 64 × 1,024", shape.flops, shape.kv_bytes, decode)] if decode else []
+points = [(f"{kernel}, 64 × 1,024", shape.flops, shape.kv_bytes, times.seconds(kernel, shape))
+          for kernel in ("naive", "split_kv") if times.seconds(kernel, shape)]
 for row in chunks:
-    if row["kernel"] == "engine":
-        moved = 4096 * (row["new"] + row["prefix"]) + 16384 * row["new"]  # keys and values; queries and output
-        flops = attention_flops(32, 128, row["new"], row["prefix"])
-        points.append((f"{row['new']:,} new after {row['prefix']:,}", flops, moved, row["us"] / 1e6))
+    if row["kernel"] == "engine" and row["prefix"] == 0:
+        moved = (4096 + 16384) * row["new"]  # keys and values; queries and output
+        points.append((f"prefill, {row['new']:,}", attention_flops(32, 128, row["new"]), moved, row["us"] / 1e6))
 widgets.Roofline(device.peak_flops, device.bandwidth, points)
 
 # %% [markdown] lang="en"
@@ -518,8 +518,8 @@ race.run(mended)
 race.racecheck(mended)
 
 # %% [markdown] lang="en"
-# The engine's own kernels are run under racecheck, memcheck, initcheck and synccheck with their tests. A barrier too many costs
-# time; one too few costs answers.
+# Whoever touches a kernel of the engine runs its tests under racecheck, and under memcheck, initcheck and synccheck as well. A
+# barrier too many costs time; one too few costs answers.
 #
 # ## Where you are
 #
@@ -531,7 +531,7 @@ race.racecheck(mended)
 # The deep dive is `docs_en/03_cuda_kernel.md`. Next, chapter 04 turns such times into a model that predicts them.
 
 # %% [markdown] lang="zh"
-# 引擎自己的内核，都带着测试在 racecheck、memcheck、initcheck 和 synccheck 下跑过。屏障多一道，费的是时间；少一道，赔的是答案。
+# 谁动了引擎的内核，谁就要把它的测试放到 racecheck 下跑一遍，还有 memcheck、initcheck 和 synccheck。屏障多一道，费的是时间；少一道，赔的是答案。
 #
 # ## 现在到了哪里
 #

@@ -70,7 +70,7 @@ def test_gpu_equals_cpu_in_every_mode() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_graphs_change_nothing(dtype) -> None:
     """Batches that grow and shrink through many graph sizes, rows of padding included; with and without stop tokens."""
-    prompts = [recall_prompt(seed, 100 + 40 * seed).prompt for seed in range(11)]
+    prompts = [recall_prompt(seed, 100 + 40 * seed, "en").prompt for seed in range(11)]
     options = dict(device="cuda", dtype=dtype, num_gpu_blocks_override=2048, max_num_seqs=12)
     asked = [SamplingParams(temperature=0, max_tokens=3 + 5 * i, ignore_eos=i % 2 == 0, logprobs=2 if i == 4 else None)
              if i % 3 else SamplingParams(temperature=0.7, top_p=0.9, seed=i, max_tokens=20) for i in range(11)]
@@ -81,6 +81,18 @@ def test_graphs_change_nothing(dtype) -> None:
         answers.append(tokens(llm.generate(prompts, asked, use_tqdm=False)))
         assert_all_returned(llm.engine)
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_drafts_change_nothing(dtype) -> None:
+    prompts = [task.prompt for task in demo_prompts() if task.kind != "story"] * 2
+    prompts += [recall_prompt(seed, 400, "zh").prompt for seed in range(6)]
+    plain = LLM("tiny", device="cuda", dtype=dtype, num_gpu_blocks_override=2048)
+    drafting = LLM("tiny", device="cuda", dtype=dtype, num_gpu_blocks_override=2048, num_speculative_tokens=5)
+    asked = SamplingParams(temperature=0, max_tokens=40)
+    assert tokens(drafting.generate(prompts, asked, use_tqdm=False)) == tokens(plain.generate(prompts, asked, use_tqdm=False))
+    assert drafting.engine.scheduler.drafts.accepted > 0
+    assert_all_returned(plain.engine, drafting.engine)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])

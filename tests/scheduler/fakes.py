@@ -226,7 +226,7 @@ class FakeRunner:
     def _check_row(self, row, config):
         sequence = row.sequence
         self._require(row.num_new >= 1 and row.num_cached == sequence.num_computed, f"{sequence} is planned from elsewhere")
-        self._require(row.num_new <= (config.prefill_chunk_size or row.num_new), f"a chunk of {row.num_new} tokens")
+        self._require(row.num_new - row.num_drafts <= (config.prefill_chunk_size or row.num_new), f"a chunk of {row.num_new} tokens")
         self._require(sequence.phase in (Phase.PREFILL, Phase.DECODE), f"{sequence} runs")
         self._require(row.block_table == self.scheduler.manager.block_table(sequence), f"{sequence} has another table")
         draws = row.num_cached + row.num_new == len(sequence)
@@ -402,7 +402,7 @@ def assert_engine_is_empty(engine):
 
 def assert_plans_were_sound(runner):
     """The fake runner found nothing wrong with the plans, nor with what it read from the cache."""
-    assert runner.faults == []
+    assert not runner.faults, runner.faults
 
 
 def drain(engine, ledger, max_steps):

@@ -111,7 +111,7 @@ def test_measuring_shows_the_time_and_its_share_of_the_bandwidth():
     assert not panel.figure.data[MEASURED].x
     panel.measure_button.click()
     assert calls == [("split_kv", LONE)]
-    assert "Measured here" in panel.message.value and "50% of the bandwidth" in panel.message.value
+    assert "Measured here" in panel.message.value and "(50%)" in panel.message.value
     assert panel.figure.data[MEASURED].y[0] == pytest.approx(LONE.flops * DEVICE.bandwidth / 2 / LONE.kv_bytes)
     panel.show(context=512)
     assert not panel.figure.data[MEASURED].x, "a measurement belongs to its shape"
@@ -131,7 +131,10 @@ def test_what_was_recorded_elsewhere_says_so():
     assert not panel.figure.data[RECORDED].x and "Recorded" not in panel.message.value
     panel.show(batch=1, context=16384)
     assert len(panel.figure.data[RECORDED].x) == 2 and not panel.figure.data[MEASURED].x
-    assert panel.message.value.count("Recorded on NVIDIA &lt;X&gt;, 2026-01-01, commit abcdef0") == 2
+    badge = "Recorded on NVIDIA &lt;X&gt;, 2026-01-01, commit abcdef0</b> naive 1 ms (2%) · split-KV 100 µs (17%)"
+    assert badge in panel.message.value
+    low, high = panel.figure.layout.yaxis.range
+    assert all(10**low < y < 10**high for y in panel.figure.data[RECORDED].y)
 
 
 def test_an_error_while_measuring_is_shown():
