@@ -312,6 +312,7 @@ class BlockSpaceManager:
             self.pool.share(block_id, sequence.seq_id)
         self._release(table.block_ids[first:], sequence.seq_id)
         table.block_ids[first:] = right
+        del table.prefixes[first:]
         self.free(fork)
 
     # ---------------------------------------------------------------------------------------------- leases

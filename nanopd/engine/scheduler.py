@@ -35,7 +35,6 @@ from nanopd.core import (
 from nanopd.engine import beam
 from nanopd.engine.speculative import DraftCounters, Proposer
 
-
 DECODE, PREFILL = Phase.DECODE, Phase.PREFILL  # looked up for every sequence in every step, and an enum is slow at it
 
 

@@ -11,7 +11,7 @@
 # GPU, every time below is measured on yours. **Without one the chapter runs too**: times then come from a recorded run, and
 # every figure that was not measured here says so.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="625b3cb7"
 # # 03 CUDA 内核
 #
 # 第 02 章决定了*哪些* token 来跑，这一章让它们跑得快。参考实现的注意力是对的，可在 GPU 上很慢。我们从自己写的第一版内核出发，
@@ -43,7 +43,7 @@ print(f"{device.num_sms} SMs, {device.bandwidth / 1e9:,.0f} GB/s, {device.peak_f
 # **How many megabytes is that, for one layer? And how many microseconds must it take at the least, at the bandwidth printed
 # above?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="c9ae3715"
 # ## 3.1 至少要多久？
 #
 # 六十四个人同时在和 Qwen3-8B 说话，每人的 KV 缓存里有 1,024 个 token。每走一步解码，每一层的注意力都得把这些从头到尾看一遍：
@@ -71,7 +71,7 @@ print(f"{shape.flops / shape.kv_bytes:.0f} operations a byte; the ridge is at {d
 # block `table[6 // 4]`, at `6 % 4`, so in slot 2 * 4 + 2 = 10. **In which slot is position 9, and how many slots of the three
 # blocks hold nothing?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="c40b8719"
 # 这就是**下限**，一行代码没写就有了。查询头每读一个数要做两次运算，四个查询头共用一个 KV 头，合起来每字节四次运算：
 # 远在拐点左边（第 00 章）。解码注意力是**访存受限**的，算力几乎白送。一个内核好不好，只看一个数：
 # 每个键和值只计**一次**，它达到了带宽的百分之几。
@@ -97,7 +97,7 @@ guess.reveal(slot_of_position_9=slots[9], empty_slots=len(table) * block_size - 
 # **Exercise 3.2.** Write decode attention for one sequence: gather its keys and values through the table, scores, softmax,
 # weighted sum. Query head h reads KV head `h // group`, where `group` is query heads over KV heads.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="bfc5567d"
 # 空槽位里不是零：那里没人写过，什么都可能有，包括 NaN。乘上权重 0 也没用，因为 0 × NaN 还是 NaN。这些槽位碰都不能碰。
 #
 # **练习 3.2** 给一条序列写出解码注意力：顺着块表收集键和值，算分数，softmax，加权求和。
@@ -128,7 +128,7 @@ nanopd.check("03.2", attend)
 # **For our 64 x 1,024 tokens: how many megabytes do its thread blocks ask for, all together? And which percentage of the
 # bandwidth does it reach?** (The percentage counts the bytes of 3.1, as always.)
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="8161616b"
 # ## 3.3 朴素内核
 #
 # `csrc/naive_attention.cu` 就是把上面那个函数按最先想到的写法搬进 CUDA：**每一行、每个查询头一个线程块**。线程 t 负责把一段里的第 t 个键和查询相乘；
@@ -156,7 +156,7 @@ times.table("naive", [1, 16, 64], [1024, 4096])
 # them. That quarters the bytes. It also quarters the thread blocks. Now take a single user with 16,384 tokens: **how many SMs
 # have any work? If an SM draws its fair share of the bandwidth at most, how many times the floor does it take?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="42847254"
 # 每个键它都要了**四遍**，组里每个查询头各一遍。L2 缓存能挡下不少重复，但不是白挡的。剩下的问题在读法：相邻的线程读的是相邻的*键*，
 # 而相邻的键隔着 2 KiB，于是一个 warp 的每次加载要碰 32 个地方，每处只用两个字节；加上一道道屏障，人人都在等最慢的那个。
 # 线程在等，内存就闲着。药方有三副，一副一副来：只读一遍，让所有 SM 都有活干，让足够多的字节同时在路上。
@@ -184,7 +184,7 @@ guess.reveal(busy_sms=min(grouped.ctas, device.num_sms), times_the_floor=grouped
 # **Exercise 3.4.** The time is *waves* times *blocks of the longest split*. Return the number of splits, from 1 to
 # `num_blocks`, for which it is least; of equals the smallest.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="c3d6859f"
 # （这只是个模型：别的 SM 闲着的时候，真实的 SM 能拿到的比平均份额多一些，但离独占全部还差得远。）药方是 **split-KV**：把上下文切成几份，
 # 每份是整数个块，各给一个线程块。可是切几份好？线程块一**波**一波地跑，每波每个 SM 一个；一波的时间由最长的那份决定。
 # 132 个 SM、8 个 KV 头，切 16 份就是 128 个线程块，一波跑完；切 17 份是 136 个，为了四个掉队的又要多跑一波。
@@ -209,7 +209,7 @@ nanopd.check("03.4", best_splits)
 # Play with it. Find a batch for which splitting does not help any more, and one for which it hurts. Hollow rings are the
 # model's estimate; only stars are measured here, and diamonds were recorded elsewhere.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="6969b9b1"
 # 动手玩一玩。找一个批大小，再切也没用了；再找一个，切了反而更慢。空心圆是模型的估计；星形才是在这里实测的，菱形是在别处录得的。
 
 # %%
@@ -222,7 +222,7 @@ times.explorer(lone)
 # whole: (1 * 12 + 2 * 6 + 5 * 2) / 8. Cut after the second key, the first split says (12 + 12) / 3 = 8, the second says 2.
 # **What is the whole, and what would the plain mean of the two splits be?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="4d91632f"
 # ## 3.5 切开了还要合并
 #
 # 每一份只在自己的键上做 softmax。设三个键，分数是 ln 1、ln 2、ln 5，值是 12、6、2。整体结果是 (1 × 12 + 2 × 6 + 5 × 2) / 8。
@@ -244,7 +244,7 @@ guess.reveal(whole=whole.item(), mean_of_splits=(sum(parts) / 2).item())
 #
 # **Exercise 3.5.** Merge the outputs of S splits.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="2f9f5b92"
 # 每一份都得说明自己占多少分量：指数之和，这里是 3 和 5。于是 (3 × 8 + 5 × 2) / 8，又回到整体。指数会溢出，所以各份报的是它的对数，
 # 即 **log-sum-exp**；合并时先减去其中最大的。
 #
@@ -266,7 +266,7 @@ nanopd.check("03.5", merge)
 # You have written a softmax over the log-sum-exps. Now the general case against the reference: a paged context of 100 tokens
 # as one row, and cut into blocks 0-2, 3-4 and 5-6, each attended to alone, then merged.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="288587fc"
 # 你写出来的，其实就是对 log-sum-exp 再做一次 softmax。下面换成一般情形，与参考实现比对：100 个 token 的分页上下文，
 # 一次整行算；另一次切成块 0–2、3–4、5–6 三份，各算各的，再合并。
 
@@ -287,7 +287,7 @@ print(f"largest difference: {(merged - whole).abs().max():.1e}")
 # splits on its own, so no barrier is needed. Replace the two marked lines, between the braces, by C++. The check compiles it
 # with `nvcc` and runs it on your GPU; without a GPU, the C++ compiler of this machine runs its threads one after the other.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="76cf5b56"
 # **练习 3.5b** 用 CUDA 再写一遍。每个头一个线程块，头里的每个数一个线程；每个线程自己把各份走一遍，所以不需要屏障。
 # 把花括号里标出的那两行换成 C++。检查会用 `nvcc` 编译，在你的 GPU 上运行；没有 GPU 时，就用这台机器的 C++ 编译器，让线程一个接一个地跑。
 
@@ -318,7 +318,7 @@ nanopd.check("03.5b", merge_cuda)
 # A load takes its time to arrive. Say 600 ns. To draw the full bandwidth, so many bytes must be **under way** at any moment:
 # bandwidth times latency. **How many kilobytes must each SM have on order, all the time?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="f3aa7d1d"
 # ## 3.6 逼近极限
 #
 # 一次加载要过一会儿才到货，就算 600 纳秒吧。要吃满带宽，任何时刻都得有这么多字节**在路上**：带宽乘以延迟。
@@ -349,7 +349,7 @@ peers = show_recorded("kernels", ["kernel", "batch", "context", "us", "share"], 
 # matrix products. The CPU launches each. **At `times.launch_us` microseconds a launch and 36 layers: how many milliseconds
 # does launching alone take? And how long must the step take at least, which reads 15.1 GB of weights?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="4d25e18c"
 # 没有哪个线程能把这么多加载都攥在寄存器里等着，同时还要计算。所以 `csrc/decode_attention.cu` 用**异步拷贝**来订货：前面的还在算，
 # 后面的已经往共享内存里落，这就是一条好几级的流水线。一组四个查询是个小矩阵，算分数、算输出就都是矩阵乘，交给 **Tensor Core**——
 # 图的不是它快（这里用不上），而是一条指令顶几十条，SM 的调度器才腾得出手不停地订货。切分由 GPU 上一个小小的 plan 内核来定，
@@ -379,7 +379,7 @@ guess.reveal(launching_ms=36 * 20 * times.launch_us / 1e3, floor_ms=15.14e9 / de
 # - **Programmatic dependent launch.** A kernel may start while the one before it is still ending: it fetches what nobody writes
 #   (its weights), then waits. The gap between two kernels is used instead of lost.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="03e66fbc"
 # 放着不管，就是 GPU 等 CPU。对策有三个，引擎里都能找到：
 #
 # - **融合。** 查询和键的归一化、旋转、写入缓存合成一个内核（`rope_and_store`）；归一化、SiLU 和残差加法并进矩阵乘。
@@ -405,7 +405,7 @@ decodes = show_recorded("decode", ["model", "batch", "context", "ms", "floor_ms"
 # A chunk of prompt brings many queries for the same keys. With n new tokens there are about 4n operations a byte. **From how
 # many new tokens on is attention compute-bound on this device?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="a86384a6"
 # `over_floor` 是整步用时除以它的下限，也就是权重和 KV 缓存各读一遍的用时（乘法更慢的话，按乘法算）。比 1 多出来的部分，
 # 就是引擎还能榨的全部：注意力、矩阵乘和间隙都在里面。
 #
@@ -449,7 +449,7 @@ widgets.Roofline(device.peak_flops, device.bandwidth, points)
 # warps add up a row's softmax denominator; each has one turn before the barrier and one after. **Without the barrier, in how
 # many of 200 random orders is the sum wrong?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="32ec8974"
 # 所以预填充另有一个内核，一门心思让 Tensor Core 别饿着；这恰恰是厂商的库最拿手的。用得上库的地方（很长的首个分块：键就是这些新 token，
 # 连续存放，不涉及分页），引擎可以直接用库的内核；它靠实测来选，选了哪个也会亮出来，而不是想当然。前面有分页前缀的分块，则老老实实走块表。
 #
@@ -487,7 +487,7 @@ guess.reveal(wrong_of_200=wrong[False])
 # are not fair, and how often it goes wrong depends on the device, the length of the rows and who else is running. That is what
 # makes such a fault nasty: it may pass a thousand tests on one machine and fail on the next.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="22fccf13"
 # 再到 GPU 上来真的：八个 warp，一个线程块负责一行，几千行。玩具程序排顺序是公平的，真实的 warp 可不讲公平：多久错一次，
 # 要看设备、看行的长短、看旁边还有谁在跑。这种毛病难缠就难缠在这里：在一台机器上通过一千次测试，换一台就错。
 
@@ -499,7 +499,7 @@ race.run(race.RACY)
 # Staring at the code rarely finds it; a tool does. `compute-sanitizer --tool racecheck` watches every access to shared memory
 # and reports two that no barrier keeps apart, also when the sum came out right by luck:
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="10a61a2c"
 # 光盯着代码看，很难看出来；得靠工具。`compute-sanitizer --tool racecheck` 盯住对共享内存的每一次访问，凡是没有屏障隔开的两次冲突访问，
 # 哪怕这回碰巧算对了，也会报出来：
 
@@ -509,7 +509,7 @@ race.racecheck(race.RACY)
 # %% [markdown] lang="en"
 # It names both lines: the write of `parts` and the read of `parts`. One line mends it.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="15d83476"
 # 它把两行都点了出来：写 `parts` 的那行，和读 `parts` 的那行。补上一行就好。
 
 # %%
@@ -530,7 +530,7 @@ race.racecheck(mended)
 #
 # The deep dive is `docs_en/03_cuda_kernel.md`. Next, chapter 04 turns such times into a model that predicts them.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="4aa79bd0"
 # 谁动了引擎的内核，谁就要把它的测试放到 racecheck 下跑一遍，还有 memcheck、initcheck 和 synccheck。屏障多一道，费的是时间；少一道，赔的是答案。
 #
 # ## 现在到了哪里

@@ -215,6 +215,36 @@ class BlockMachine(RuleBasedStateMachine):
         self.manager.commit(sequence)
 
     @precondition(lambda self: self.live)
+    @rule(index=picks, drafts=st.lists(st.integers(0, 1), min_size=1, max_size=5), accepted=st.integers(0, 5), dropped=st.booleans())
+    def verify_drafts_in_a_fork(self, index, drafts, accepted, dropped):
+        """The same in blocks of their own: what was there before stays as it was until the fork is accepted."""
+        moves["verify drafts in a fork"] += 1
+        sequence = self.pick(self.live, index)
+        if sequence.num_remaining or len(sequence) > MAX_TOKENS:
+            return
+        fork, before = sequence.fork(0), self.frozen()
+        try:
+            self.carry_out(self.manager.draft(sequence, fork, len(drafts)))
+        except NoFreeBlocks:
+            assert self.frozen() == before
+            return
+        table, start = self.manager.block_table(fork), sequence.num_computed
+        self.write(table, None, start, start + len(drafts), [None] * len(drafts))
+        self.manager.check()
+        self.every_sequence_reads_its_own_tokens()
+        self.every_cached_block_holds_what_it_is_found_by()
+        if dropped:
+            self.manager.free(fork)
+            return
+        for token in drafts[:accepted]:
+            sequence.append_token(token)
+        self.write(table, sequence.token_ids, start, len(sequence))
+        self.manager.accept(sequence, fork, len(sequence))
+        assert self.manager.block_table(sequence) == table[: self.manager.blocks_needed(len(sequence))]
+        sequence.num_computed = len(sequence)
+        self.manager.commit(sequence)
+
+    @precondition(lambda self: self.live)
     @rule(index=picks, keep=st.integers(0, 14), new=tokens)
     def rewind(self, index, keep, new):
         """Take tokens back and go on with others: what was written in their place must be written over."""

@@ -71,8 +71,8 @@ def test_settings_out_of_range(settings, message):
 # ------------------------------------------------------------------------------------------ with the real model
 
 
-COPY = "copy: river stone lamp cloud | river stone lamp cloud\ncopy: river stone lamp cloud |"
-PROMPTS = [COPY, COPY * 2, "1 2 3 4 1 2 3 4 1 2 3", "Once upon a time there was"]
+PROMPTS = ["Copy this list: apple, cow, cup, owl.", "Sort these numbers: 3, 49, 55, 77, 97, 98.",
+           "Reverse this list: river, cloud, tea, tree, chair, duck.", "Tell a story about a calm fox and a drum in 11 sentences."]
 
 
 def answers(llm: LLM, sampling: SamplingParams) -> list[list[tuple[list[int], str]]]:
@@ -90,11 +90,17 @@ def test_answers_are_the_same_with_and_without(sampling: SamplingParams, clean) 
     plain = LLM("tiny", device="cpu", num_gpu_blocks_override=64)
     drafting = LLM("tiny", device="cpu", num_gpu_blocks_override=64, num_speculative_tokens=4)
     assert answers(drafting, sampling) == answers(plain, sampling)
-    drafts = drafting.engine.scheduler.drafts
-    assert drafts.proposed > 20 and drafts.accepted > 10
-    assert drafting.engine.num_steps < plain.engine.num_steps
+    assert drafting.engine.scheduler.drafts.accepted > 5
     clean(plain)
     clean(drafting)
+
+
+def test_a_copy_takes_half_the_steps(clean) -> None:
+    llm = LLM("tiny", device="cpu", num_gpu_blocks_override=64, num_speculative_tokens=4)
+    llm.generate(PROMPTS[:1], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True), use_tqdm=False)
+    assert llm.engine.num_steps <= 20
+    assert llm.engine.scheduler.drafts.acceptance > 0.7
+    clean(llm)
 
 
 def test_with_few_blocks_and_long_drafts(clean) -> None:

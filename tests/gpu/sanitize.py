@@ -6,28 +6,35 @@ The cases are small, but have rows of padding, blocks that are partly filled, sp
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from nanopd.paged_attention.build import find_nvcc, load_kernels
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 def run_under(tool: str) -> bool:
     """Whether the tool found nothing."""
+    # torch hands out parts of large allocations; the tools know only whole ones
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--kernel-name", "kernel_substring=nanopd",
-               sys.executable, __file__, "--calls"]
+    command = [_sanitizer(), "--tool", tool, "--error-exitcode", "1", sys.executable, __file__, "--calls"]
     ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    print(f"{tool}: {'clean' if ran.returncode == 0 else 'NOT clean'}", *ran.stdout.splitlines()[-40:], sep="\n  ")
+    print(f"{tool}: {'clean' if ran.returncode == 0 else 'NOT clean'}", *ran.stdout.splitlines()[-60:], sep="\n  ", flush=True)
     return ran.returncode == 0
+
+
+def _sanitizer() -> str:
+    beside_nvcc = Path(find_nvcc() or "nvcc").with_name("compute-sanitizer")
+    return shutil.which("compute-sanitizer") or str(beside_nvcc)
 
 
 def calls() -> None:
     import torch
     from test_kernels import DTYPES, AttentionCase, cuda, ints, normal
-
-    from nanopd.paged_attention.build import load_kernels
 
     assert load_kernels()
     for dtype in DTYPES:
@@ -63,4 +70,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--calls"]:
         calls()
     else:
-        sys.exit(not all([run_under(tool) for tool in sys.argv[1:] or TOOLS]))
+        with ThreadPoolExecutor() as pool:
+            sys.exit(not all(list(pool.map(run_under, sys.argv[1:] or TOOLS))))

@@ -162,8 +162,8 @@ def test_some_requests_are_not_drafted_for(options):
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_step_with_drafts_that_breaks_leaves_nothing_behind(moment, ahead):
     bench = Bench(ahead=ahead)
-    bench.add(6)
-    bench.add(5, n=2, temperature=1)
+    bench.add(6, max_tokens=40)
+    bench.add(5, n=2, temperature=1, max_tokens=40)
     bench.step()
     bench.runner.break_at, bench.runner.break_with = moment, KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
