@@ -154,6 +154,17 @@ const void* optional_data(const std::optional<Tensor>& tensor, const char* name,
     return Argument(*tensor, name).on_device_of(other).type(other.tensor().scalar_type()).shape(shape).contiguous().data();
 }
 
+// The first `row_bytes` of each row of a weight, where one is given.
+Prefetch prefetch_of(const std::optional<Tensor>& then, int64_t row_bytes, const Argument& other) {
+    if (!then) return {};
+    const Argument weight(*then, "then");
+    weight.on_device_of(other).shape({any, any}).contiguous();
+    const int64_t stride = then->size(1) * static_cast<int64_t>(then->element_size());
+    require(row_bytes > 0 && row_bytes % 16 == 0 && row_bytes <= stride, "then_row_bytes must be a multiple of 16 up to ", stride,
+            ", but is ", row_bytes);
+    return {weight.data(), then->size(0), row_bytes, stride};
+}
+
 int positive(int64_t value, const char* name) {
     require(value > 0 && value <= INT_MAX, name, " must be positive, but is ", value);
     return static_cast<int>(value);
@@ -210,7 +221,8 @@ void launch_on(const Argument& argument, const char* name, Function function) {
 
 // ------------------------------------------------------------------------------------------------- layer and sampling
 
-void rms_norm_op(const Tensor& out_, const Tensor& x_, const Tensor& weight_, double eps) {
+void rms_norm_op(const Tensor& out_, const Tensor& x_, const Tensor& weight_, double eps, const std::optional<Tensor>& then,
+                 int64_t then_row_bytes) {
     const Argument out(out_, "out"), x(x_, "x"), weight(weight_, "weight");
     x.on_cuda().contiguous().require_dim(2);
     const DType dtype = x.dtype();
@@ -218,8 +230,9 @@ void rms_norm_op(const Tensor& out_, const Tensor& x_, const Tensor& weight_, do
     require(size > 0 && size <= 8192, "x has ", size, " elements a row; rms_norm takes 1 to 8192");
     weight.on_device_of(x).type(x_.scalar_type()).shape({size}).contiguous();
     out.on_device_of(x).type(x_.scalar_type()).shape({rows, size}).contiguous();
+    const Prefetch prefetch = prefetch_of(then, then_row_bytes, x);
     launch_on(x, "rms_norm", [&](cudaStream_t stream) {
-        return rms_norm(out.data(), x.data(), weight.data(), rows, size, static_cast<float>(eps), dtype, stream);
+        return rms_norm(out.data(), x.data(), weight.data(), rows, size, static_cast<float>(eps), dtype, prefetch, stream);
     });
 }
 
@@ -454,26 +467,11 @@ void prefill_attention_op(const Tensor& out, const Tensor& query, const Tensor& 
     });
 }
 
-void merge_attention_op(const Tensor& out_, const Tensor& a_, const Tensor& lse_a_, const Tensor& b_, const Tensor& lse_b_) {
-    const Argument out(out_, "out"), a(a_, "a"), lse_a(lse_a_, "lse_a"), b(b_, "b"), lse_b(lse_b_, "lse_b");
-    a.on_cuda().contiguous().require_dim(3);
-    const DType dtype = a.dtype();
-    const int tokens = a.size(0), heads = a.size(1), head_dim = a.size(2);
-    for (const Argument* like_a : {&out, &b})
-        like_a->on_device_of(a).type(a_.scalar_type()).shape({tokens, heads, head_dim}).contiguous();
-    for (const Argument* lse : {&lse_a, &lse_b}) lse->on_device_of(a).type(ScalarType::Float).shape({heads, tokens}).contiguous();
-    if (tokens == 0) return;
-    launch_on(a, "merge_attention", [&](cudaStream_t stream) {
-        return merge_attention(out.data(), a.data(), lse_a.data<float>(), b.data(), lse_b.data<float>(), tokens, heads, head_dim,
-                               dtype, stream);
-    });
-}
-
 // ---------------------------------------------------------------------------------------------------------- linear
 
 void linear_op(const Tensor& out_, const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& residual, const Tensor& scratch_,
-               double eps, bool silu) {
+               double eps, bool silu, const std::optional<Tensor>& then, int64_t then_row_bytes) {
     const Argument out(out_, "out"), x(x_, "x"), weight(weight_, "weight"), scratch(scratch_, "scratch");
     x.on_cuda().contiguous().require_dim(2);
     weight.on_device_of(x).type(x_.scalar_type()).shape({any, x.size(1)}).contiguous();
@@ -487,7 +485,8 @@ void linear_op(const Tensor& out_, const Tensor& x_, const Tensor& weight_, cons
                                     optional_data(bias, "bias", x, {out_features}),
                                     optional_data(norm_weight, "norm_weight", x, {in_features}),
                                     optional_data(residual, "residual", x, {tokens, columns}), scratch.data(),
-                                    static_cast<float>(eps), tokens, in_features, out_features, silu, dtype};
+                                    static_cast<float>(eps), tokens, in_features, out_features, silu, dtype,
+                                    prefetch_of(then, then_row_bytes, x)};
     if (tokens == 0) return;
     launch_on(x, "linear", [&](cudaStream_t stream) { return linear(arguments, stream); });
 }
@@ -512,7 +511,7 @@ int64_t linear_scratch_bytes_op(int64_t max_out_features) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(nanopd, m) {
-    m.def("rms_norm(Tensor(a!) out, Tensor x, Tensor weight, float eps) -> ()");
+    m.def("rms_norm(Tensor(a!) out, Tensor x, Tensor weight, float eps, Tensor? then=None, int then_row_bytes=0) -> ()");
     m.def("silu_and_mul(Tensor(a!) out, Tensor gate_up) -> ()");
     m.def("rope_and_store(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float eps, "
           "Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, int heads) -> ()");
@@ -528,9 +527,8 @@ STABLE_TORCH_LIBRARY(nanopd, m) {
           "Tensor context_lens, Tensor(b!) plan, Tensor(c!) scratch, float scale) -> ()");
     m.def("prefill_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, "
           "Tensor query_starts, Tensor context_lens, int max_query_len, float scale) -> ()");
-    m.def("merge_attention(Tensor(a!) out, Tensor a, Tensor lse_a, Tensor b, Tensor lse_b) -> ()");
     m.def("linear(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? residual, "
-          "Tensor(b!) scratch, float eps, bool silu) -> ()");
+          "Tensor(b!) scratch, float eps, bool silu, Tensor? then=None, int then_row_bytes=0) -> ()");
     m.def("linear_supports(Tensor x, int out_features, bool silu) -> bool");
     m.def("decode_plan_bytes(int num_rows) -> int");
     m.def("decode_scratch_bytes(int num_rows, int heads, int head_dim) -> int");
@@ -549,7 +547,6 @@ STABLE_TORCH_LIBRARY_IMPL(nanopd, CompositeExplicitAutograd, m) {
     m.impl("plan_decode", TORCH_BOX(&plan_decode_op));
     m.impl("decode_attention", TORCH_BOX(&decode_attention_op));
     m.impl("prefill_attention", TORCH_BOX(&prefill_attention_op));
-    m.impl("merge_attention", TORCH_BOX(&merge_attention_op));
     m.impl("linear", TORCH_BOX(&linear_op));
     m.impl("linear_supports", TORCH_BOX(&linear_supports_op));
     m.impl("decode_plan_bytes", TORCH_BOX(&decode_plan_bytes_op));

@@ -67,20 +67,40 @@ __device__ __forceinline__ void let_next_start() {
 int compute_capability();
 int multiprocessor_count();
 
+// With thread blocks in clusters of `cluster` along x, which only sm_90 and newer have.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   Arguments&&... arguments) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+cudaError_t launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                            cudaStream_t stream, Arguments&&... arguments) {
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = compute_capability() >= 90 ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = compute_capability() < 90 ? 0 : cluster == 1 ? 1 : 2;
     return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+    return launch_clusters(kernel, 1, grid, block, shared_bytes, stream, arguments...);
+}
+
+// A thread's share of a prefetch. GPUs before sm_90 have no instruction that fetches so much at once, and go without.
+__device__ __forceinline__ void prefetch_to_l2(const Prefetch& what, int64_t thread, int64_t threads) {
+#if __CUDA_ARCH__ >= 900
+    if (what.data == nullptr) return;
+    for (int64_t row = thread; row < what.rows; row += threads)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
+                         static_cast<const char*>(what.data) + row * what.stride_bytes),
+                     "r"(static_cast<uint32_t>(what.row_bytes)));
+#endif
 }
 
 // ------------------------------------------------------------------------------------------------- reductions

@@ -1,22 +1,30 @@
 // Paged attention of one new token a row: split-KV, planned on the device.
 //
 // The work of a step is cut into tiles of 16 tokens, all rows laid end to end, and dealt out in equal shares, so that
-// one long row keeps the whole GPU busy as well as many short ones:
+// one long row keeps the whole GPU as busy as many short ones:
 //
-//     tiles   | row 0          | row 1 | row 2                            | row 3 ...
+//     rows    | row 0          | row 1 | row 2                            | row 3 ...
 //     shares  [   share 0   ][   share 1   ][   share 2   ][   share 3   ][ ...
 //     pieces   a            b  c      d     e              f              g
 //
-// A team of warps takes one share for one KV head. The warps of a team take turns at its tiles and run independently
-// of each other, each with a ring of tiles in shared memory that asynchronous copies fill a few tiles ahead. At the
-// end of a row's piece the team puts its warps' results together. A piece that is all of its row (d) is done; the
-// others leave a partial result, and the team that arrives last at a row puts these together, in the same way.
+// A thread block takes one share for one KV head. Its warps take turns at the tiles and run independently of each
+// other, each with a ring of tiles in shared memory that asynchronous copies fill ahead:
+//
+//     HBM -> | tile | tile | tile | -> warp 0      tiles 0, 4, 8, ... of the piece
+//     HBM -> | tile | tile | tile | -> warp 1      tiles 1, 5, 9, ...
+//
+// At the end of a row's piece the warps put their results together. A piece that is all of its row (c) is done; the
+// others leave a partial result, and the block that arrives last at a row puts these together, in the same way.
 //
 // All query heads of a group share the KV head's tile: it is read once. Keys are the rows of the matrix products and
 // queries the columns, because tensor cores want 16 rows but are content with 8 columns:
 //
 //     scores [16 keys, 8 queries]   = K [16 keys, dim] x Q^T [dim, 8 queries]
 //     output [dim, 8 queries]      += V^T [dim, 16 keys] x weights [16 keys, 8 queries]
+//
+// The plan, the block tables and all keys and values but a row's newest are read before wait_for_previous(), while the
+// kernel before this one still runs. So that one must not have written them, and must wait for its own predecessors
+// before it lets the next start (rope_and_store, which writes the newest keys, values and the queries, does).
 #include <algorithm>
 
 #include "common.cuh"
@@ -28,45 +36,47 @@ constexpr int warp_size = 32;
 constexpr int tile_tokens = 16;
 constexpr int half_tokens = 8;     // half a tile never straddles two blocks, whose size is a multiple of it
 constexpr int column_queries = 8;  // the columns of one matrix product
-constexpr int max_warps = 8;
 constexpr int max_columns = 2;     // larger groups are split among warps
 constexpr float log2_e = 1.4426950408889634f;
 
 // ------------------------------------------------------------------------------------------------------ the plan
 
+// Where a share begins.
 struct Share {
-    int row, context;  // the row in which it begins
-    int tile;          // and where in that row
+    int row, context;
+    int tile;  // of the row
     int unused;
 };
 
 struct PlanHeader {
-    int tiles, share_tiles;  // all rows' tiles; how many of them make a share
-    int team;                // warps
-    int unused;
+    int tiles;        // of all rows
+    int share_tiles;  // of a share
+    int unused[2];
 };
 
-// header | shares | arrivals: how many teams are done with a row that is split, counted in each virtual head where the
-// row's first share has its place (a share has one row at most that goes on beyond it)
+// arrivals: how many blocks are done with a row that is split, counted for each virtual head in the place of the row's
+// first share (a share has one row at most that goes on beyond it).
 struct Plan {
     PlanHeader* header;
     Share* shares;
     unsigned* arrivals;
 };
 
+constexpr int max_warps = 4;
+constexpr int max_blocks_each = 2;  // thread blocks on a multiprocessor: while one finishes a row, the other reads
+
 // The grid, fixed by the shapes alone. A virtual head is a KV head with as many of its queries as a warp can take.
 struct Geometry {
-    int blocks, warps, columns, virtual_heads;
-    __host__ __device__ int workers() const { return blocks * warps; }
+    int blocks, warps, virtual_heads;
 };
 
-int max_workers() { return multiprocessor_count() * max_warps; }
+int max_blocks() { return multiprocessor_count() * max_blocks_each; }
 
 Plan plan_at(void* memory) {
     Plan plan;
     plan.header = static_cast<PlanHeader*>(memory);
     plan.shares = reinterpret_cast<Share*>(plan.header + 1);
-    plan.arrivals = reinterpret_cast<unsigned*>(plan.shares + max_workers());
+    plan.arrivals = reinterpret_cast<unsigned*>(plan.shares + max_blocks());
     return plan;
 }
 
@@ -75,21 +85,12 @@ __host__ __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b -
 // Also a row without context has a tile, so that somebody writes its zeros.
 __device__ __forceinline__ int tiles_of(int context) { return max(1, ceil_div(context, tile_tokens)); }
 
-// As many warps to a team as leaves a share for every row: results of warps in a team are put together in shared
-// memory, those of teams in global memory.
-__device__ int choose_team(int num_rows, const Geometry& geometry) {
-    int team = geometry.warps;
-    while (team > 1 && geometry.workers() / team / geometry.virtual_heads < num_rows) team /= 2;
-    return team;
-}
-
 constexpr int plan_threads = 1024;
 
 // One block. Thread t has the rows [t * rows_each, (t + 1) * rows_each).
 __global__ void __launch_bounds__(plan_threads) split_rows(Plan plan, const int* context_lens, int num_rows, Geometry geometry) {
     __shared__ int warp_sums[plan_threads / warp_size];
     wait_for_previous();
-    let_next_start();
     const int thread = threadIdx.x, lane = thread % warp_size, warp = thread / warp_size;
     const int rows_each = ceil_div(num_rows, plan_threads);
     const int first_row = min(thread * rows_each, num_rows), end_row = min(first_row + rows_each, num_rows);
@@ -109,19 +110,20 @@ __global__ void __launch_bounds__(plan_threads) split_rows(Plan plan, const int*
         tiles += warp_sums[i];
     }
 
-    const int team = choose_team(num_rows, geometry);
-    const int most_shares = max(1, geometry.workers() / team / geometry.virtual_heads);
-    const int share_tiles = max(ceil_div(tiles, most_shares), team);
-    if (thread == 0) *plan.header = {tiles, share_tiles, team, 0};
+    // A row's pieces are put together one after the other, a piece's tiles are read one after the other: where there are
+    // more blocks than work, as many of the ones as of the others is about the best.
+    const int least_tiles = sqrtf(float(tiles) / num_rows);
+    const int share_tiles = max(ceil_div(tiles, geometry.blocks / geometry.virtual_heads), least_tiles);
+    if (thread == 0) *plan.header = {tiles, share_tiles};
     int row_tile = sum - own;  // of all tiles, the row's first
     for (int row = first_row; row < end_row; row++) {
-        const int end_tile = row_tile + tiles_of(context_lens[row]);
+        const int context = context_lens[row], end_tile = row_tile + tiles_of(context);
         for (int share = ceil_div(row_tile, share_tiles); share * share_tiles < end_tile; share++) {
-            plan.shares[share] = {row, context_lens[row], share * share_tiles - row_tile, 0};
+            plan.shares[share] = {row, context, share * share_tiles - row_tile};
         }
         row_tile = end_tile;
     }
-    for (int i = thread; i < geometry.workers(); i += plan_threads) plan.arrivals[i] = 0;
+    for (int i = thread; i < geometry.blocks; i += plan_threads) plan.arrivals[i] = 0;
 }
 
 // ---------------------------------------------------------------------------------------------------- PTX, wrapped
@@ -130,10 +132,17 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The cache is read once a step: it should not push from L2 what will be read again.
+__device__ __forceinline__ uint64_t read_once_policy() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // Copies 16 bytes to shared memory, or writes 16 zero bytes there.
-__device__ __forceinline__ void copy_or_zero(void* target, const void* source, bool copy) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
-                 "r"(copy ? 16 : 0));
+__device__ __forceinline__ void copy_or_zero(void* target, const void* source, bool copy, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+                     shared_address(target)), "l"(source), "r"(copy ? 16 : 0), "l"(policy) : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
@@ -183,8 +192,10 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return bits;
 }
 
-__device__ __forceinline__ void barrier(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+__device__ __forceinline__ float power_of_two(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
 }
 
 // ------------------------------------------------------------------------------------------- the matrix products
@@ -305,36 +316,20 @@ struct Partial {
     float4 sums[columns][4];  // for lane % 4: highest of its two queries, total of its two queries
 };
 
+// Where some partial results lie: the first by itself, the others `stride` bytes apart.
+template <typename PartialResult>
+struct Partials {
+    const PartialResult* first;
+    const char* base;
+    int64_t stride;
+    int count;
+
+    __device__ const PartialResult& operator[](int i) const {
+        return i == 0 ? *first : *reinterpret_cast<const PartialResult*>(base + i * stride);
+    }
+};
+
 __device__ __forceinline__ float finite(float highest) { return highest == -INFINITY ? 0.0f : highest; }
-
-// One of the sums over `count` partial results; `partial(i)` points at the i-th.
-template <typename Source>
-__device__ __forceinline__ float4 combine_sums(int count, int column, int lane, Source partial) {
-    float highest0 = -INFINITY, highest1 = -INFINITY, total0 = 0.0f, total1 = 0.0f;
-#pragma unroll 4
-    for (int i = 0; i < count; i++) {
-        const float4 sums = partial(i)->sums[column][lane % 4];
-        const float new0 = fmaxf(highest0, sums.x), new1 = fmaxf(highest1, sums.y);
-        total0 = total0 * exp2f(highest0 - finite(new0)) + sums.z * exp2f(sums.x - finite(new0));
-        total1 = total1 * exp2f(highest1 - finite(new1)) + sums.w * exp2f(sums.y - finite(new1));
-        highest0 = new0, highest1 = new1;
-    }
-    return {highest0, highest1, total0, total1};
-}
-
-template <typename Source>
-__device__ __forceinline__ float4 combine_outputs(int count, int column, int fragment, int lane, const float4& all, Source partial) {
-    float4 result = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-    for (int i = 0; i < count; i++) {
-        const float4 sums = partial(i)->sums[column][lane % 4];
-        const float4 output = partial(i)->output[column][fragment][lane];
-        const float w0 = exp2f(sums.x - finite(all.x)), w1 = exp2f(sums.y - finite(all.y));
-        result.x += w0 * output.x, result.z += w0 * output.z;
-        result.y += w1 * output.y, result.w += w1 * output.w;
-    }
-    return result;
-}
 
 // ---------------------------------------------------------------------------------------------------- the kernel
 
@@ -356,39 +351,35 @@ struct Piece {
 };
 
 template <typename T, int max_dim, int columns>
-struct Worker {
+struct Team {
     static constexpr int stages = sizeof(T) == 4 ? 2 : max_dim == 64 ? 6 : 3;
     static constexpr int fragments = max_dim / 16;
+    static constexpr int blocks_each = max_dim <= 128 ? max_blocks_each : 1;  // as many as there are registers for
     static constexpr int max_queries = columns * column_queries;
     using PartialResult = Partial<max_dim, columns>;
     using Ring = Tile<T, max_dim>[stages];
     static_assert(sizeof(PartialResult) <= sizeof(Ring));
 
     const Arguments& arguments;
-    Ring* rings;     // of the team's warps
-    int* message;    // from the team's first warp to the others
-    int team, rank;  // warps, and which of them this is
-    int barrier_id, lane;
-    int kv_head, first_head, num_queries;  // query heads
+    Ring* rings;             // one for each warp
+    int* message;            // from the first thread to all
+    int warps, warp, lane;
+    int share_tiles, share, virtual_head, kv_head, first_head, num_queries;
 
     float output[columns][fragments][4];
     float highest[columns][2], total[columns][2];
 
-    __device__ void team_barrier() const {
-        if (team == 1) __syncwarp(); else barrier(barrier_id, team * warp_size);
-    }
-
     // In which slots of the cache the halves of 16 of this warp's tiles begin: lane 2 * i + h has half h of tile i.
     __device__ int find_slots(const Piece& piece, int first_tile) const {
         const int block_size = arguments.cache.block_size;
-        const int token = (first_tile + lane / 2 * team) * tile_tokens + lane % 2 * half_tokens;
+        const int token = (first_tile + lane / 2 * warps) * tile_tokens + lane % 2 * half_tokens;
         if (token >= piece.context) return 0;
         const int* table = arguments.rows.block_tables + int64_t(piece.row) * arguments.rows.table_width;
         return table[token / block_size] * block_size + token % block_size;
     }
 
     // Zeros stand for what lies past the context or the head: whatever the cache holds there, 0 * NaN would be NaN.
-    __device__ void start_copy(Tile<T, max_dim>& tile, const Piece& piece, int index, int slot0, int slot1) const {
+    __device__ void start_copy(Tile<T, max_dim>& tile, const Piece& piece, int index, int slot0, int slot1, uint64_t policy) const {
         constexpr int row_packs = max_dim / Pack<T>::size;
         const int dim = arguments.cache.head_dim;
         const int num_tokens = piece.context - index * tile_tokens;
@@ -398,8 +389,8 @@ struct Worker {
             const bool copy = token < num_tokens && d < dim;
             const int64_t slot = (token < half_tokens ? slot0 : slot1) + token % half_tokens;
             const int64_t offset = copy ? (slot * arguments.cache.kv_heads + kv_head) * dim + d : 0;
-            copy_or_zero(&tile.key[token][d], static_cast<const T*>(arguments.cache.key) + offset, copy);
-            copy_or_zero(&tile.value[token][d], static_cast<const T*>(arguments.cache.value) + offset, copy);
+            copy_or_zero(&tile.key[token][d], static_cast<const T*>(arguments.cache.key) + offset, copy, policy);
+            copy_or_zero(&tile.value[token][d], static_cast<const T*>(arguments.cache.value) + offset, copy, policy);
         }
     }
 
@@ -421,9 +412,9 @@ struct Worker {
                     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
                 }
                 top = fmaxf(top, highest[c][e]);
-                const float shrink = exp2f(highest[c][e] - finite(top));
-                scores[c][e] = exp2f(scores[c][e] - finite(top));
-                scores[c][e + 2] = exp2f(scores[c][e + 2] - finite(top));
+                const float shrink = power_of_two(highest[c][e] - finite(top));
+                scores[c][e] = power_of_two(scores[c][e] - finite(top));
+                scores[c][e + 2] = power_of_two(scores[c][e + 2] - finite(top));
                 total[c][e] = total[c][e] * shrink + scores[c][e] + scores[c][e + 2];
                 highest[c][e] = top;
 #pragma unroll
@@ -433,12 +424,8 @@ struct Worker {
         add_values(output, scores, tile, lane);
     }
 
-    // This warp's tiles of a piece: begin + rank, begin + rank + team, ...
+    // This warp's tiles of a piece: begin + warp, begin + warp + warps, ...
     __device__ void attend(const Piece& piece) {
-        const T* query = static_cast<const T*>(arguments.query);
-        Queries<T, max_dim, columns> queries;
-        queries.load(query + piece.row * arguments.rows.query_stride + first_head * arguments.cache.head_dim, num_queries,
-                     arguments.cache.head_dim, lane);
 #pragma unroll
         for (int c = 0; c < columns; c++) {
             highest[c][0] = highest[c][1] = -INFINITY;
@@ -447,33 +434,40 @@ struct Worker {
             for (int i = 0; i < fragments; i++) output[c][i][0] = output[c][i][1] = output[c][i][2] = output[c][i][3] = 0.0f;
         }
 
-        Ring& ring = rings[rank];
-        const int first = piece.begin + rank;
-        const int count = ceil_div(max(piece.end - first, 0), team);
+        Ring& ring = rings[warp];
+        const int first = piece.begin + warp;
+        const int count = ceil_div(max(piece.end - first, 0), warps);
         constexpr int batch = warp_size / 2;  // tiles whose slots are looked up at once, a batch ahead
-        int slots = find_slots(piece, first), next_slots = find_slots(piece, first + batch * team);
+        int slots = find_slots(piece, first), next_slots = find_slots(piece, first + batch * warps);
+        const uint64_t policy = read_once_policy();
         int loaded = 0, load_stage = 0;
         auto load_next = [&] {
             if (loaded < count) {
                 const int i = loaded % batch;
                 if (i == 0 && loaded > 0) {
                     slots = next_slots;
-                    next_slots = find_slots(piece, first + (loaded + batch) * team);
+                    next_slots = find_slots(piece, first + (loaded + batch) * warps);
                 }
+                if (first + loaded * warps == tiles_of(piece.context) - 1) wait_for_previous();  // for the newest token
                 const int slot0 = __shfl_sync(0xffffffffu, slots, 2 * i), slot1 = __shfl_sync(0xffffffffu, slots, 2 * i + 1);
-                start_copy(ring[load_stage], piece, first + loaded * team, slot0, slot1);
+                start_copy(ring[load_stage], piece, first + loaded * warps, slot0, slot1, policy);
                 loaded++;
                 load_stage = load_stage + 1 == stages ? 0 : load_stage + 1;
             }
             commit_copies();  // perhaps of nothing: the number of groups says which tile has come
         };
         for (int i = 0; i < stages - 1; i++) load_next();
+        wait_for_previous();
+        let_next_start();
+        Queries<T, max_dim, columns> queries;
+        queries.load(static_cast<const T*>(arguments.query) + piece.row * arguments.rows.query_stride +
+                         first_head * arguments.cache.head_dim, num_queries, arguments.cache.head_dim, lane);
         int stage = 0;
         for (int i = 0; i < count; i++) {
             wait_for_copies_but<stages - 2>();
             __syncwarp();
             load_next();
-            attend_tile(ring[stage], queries, piece.context - (first + i * team) * tile_tokens);
+            attend_tile(ring[stage], queries, piece.context - (first + i * warps) * tile_tokens);
             stage = stage + 1 == stages ? 0 : stage + 1;
         }
         wait_for_copies_but<0>();
@@ -500,120 +494,124 @@ struct Worker {
 
     __device__ void write(const Piece& piece, int column, int fragment, const float4& result, const float4& sums) const {
         const int dim = arguments.cache.head_dim;
-        const float values[4] = {result.x, result.y, result.z, result.w}, totals[2] = {sums.z, sums.w};
+        const float inverse0 = sums.z > 0.0f ? 1.0f / sums.z : 0.0f, inverse1 = sums.w > 0.0f ? 1.0f / sums.w : 0.0f;
+        const float values[4] = {result.x * inverse0, result.y * inverse1, result.z * inverse0, result.w * inverse1};
         T* out = static_cast<T*>(arguments.out) + (int64_t(piece.row) * arguments.rows.heads + first_head) * dim;
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int q = column * column_queries + 2 * (lane % 4) + e % 2, d = fragment * 16 + lane / 4 + e / 2 * 8;
-            const float total = totals[e % 2];
-            if (q < num_queries && d < dim) out[q * dim + d] = from_float<T>(total > 0.0f ? values[e] / total : 0.0f);
+            if (q < num_queries && d < dim) out[q * dim + d] = from_float<T>(values[e]);
         }
     }
 
-    // Puts `count` partial results of a piece together and hands them to `emit(column, fragment, output, sums)`.
-    template <typename Source, typename Emit>
-    __device__ void combine(int count, Source partial, Emit emit) const {
+    // Puts partial results together, in `target` or, if there is none, as the output; each warp some of the fragments.
+    __device__ void combine(const Piece& piece, const Partials<PartialResult>& partials, PartialResult* target) const {
+        constexpr int batch = 8;  // partial results asked for at once
+#pragma unroll 1
+        for (int f = warp; f < columns * fragments; f += warps) {
+            const int column = f / fragments, fragment = f % fragments;
+            if (column * column_queries + 2 * (lane % 4) >= num_queries) continue;
+            float4 all = {-INFINITY, -INFINITY, 0.0f, 0.0f}, result = {};  // highest and total of two queries
+            for (int first = 0; first < partials.count; first += batch) {
+                float4 sums[batch], outputs[batch];
+                float top0 = all.x, top1 = all.y;
 #pragma unroll
-        for (int c = 0; c < columns; c++) {
-            const bool used = c * column_queries + 2 * (lane % 4) < num_queries;
-            if (!used) continue;
-            const float4 sums = combine_sums(count, c, lane, partial);
-            for (int i = rank; i < fragments; i += team) {
-                emit(c, i, combine_outputs(count, c, i, lane, sums, partial), sums);
+                for (int i = 0; i < batch; i++) {
+                    const PartialResult& partial = partials[min(first + i, partials.count - 1)];
+                    sums[i] = partial.sums[column][lane % 4];
+                    outputs[i] = partial.output[column][fragment][lane];
+                    if (first + i >= partials.count) sums[i].x = sums[i].y = -INFINITY;
+                }
+#pragma unroll
+                for (int i = 0; i < batch; i++) top0 = fmaxf(top0, sums[i].x), top1 = fmaxf(top1, sums[i].y);
+                const float shrink0 = power_of_two(all.x - finite(top0)), shrink1 = power_of_two(all.y - finite(top1));
+                all = {top0, top1, all.z * shrink0, all.w * shrink1};
+                result = {result.x * shrink0, result.y * shrink1, result.z * shrink0, result.w * shrink1};
+#pragma unroll
+                for (int i = 0; i < batch; i++) {
+                    const float w0 = power_of_two(sums[i].x - finite(top0)), w1 = power_of_two(sums[i].y - finite(top1));
+                    all.z += w0 * sums[i].z, all.w += w1 * sums[i].w;
+                    result.x += w0 * outputs[i].x, result.z += w0 * outputs[i].z;
+                    result.y += w1 * outputs[i].y, result.w += w1 * outputs[i].w;
+                }
+            }
+            if (!target) {
+                write(piece, column, fragment, result, all);
+            } else {
+                target->output[column][fragment][lane] = result;
+                if (fragment == 0 && lane < 4) target->sums[column][lane] = all;
             }
         }
     }
 
-    __device__ void finish(const Piece& piece, int virtual_head) {
-        auto of_warp = [&](int i) { return reinterpret_cast<PartialResult*>(&rings[i]); };
-        keep(*of_warp(rank));
-        team_barrier();
-        if (piece.begin == 0 && piece.end == tiles_of(piece.context)) {
-            combine(team, of_warp, [&](int c, int i, const float4& output, const float4& sums) {
-                write(piece, c, i, output, sums);
-            });
-            team_barrier();
-            return;
-        }
-        const int share_tiles = arguments.plan.header->share_tiles;
+    // The block's partial results: one of the row with which its share begins, one of a row that begins within.
+    __device__ PartialResult* place_of(int share, bool begins_within) const {
+        return static_cast<PartialResult*>(arguments.partials) +
+               int64_t(2 * share + begins_within) * arguments.virtual_heads + virtual_head;
+    }
+
+    // First the warps' results; then, if this block is the last to arrive at a split row, those of all its blocks.
+    __device__ void finish(const Piece& piece) {
         const int first_share = piece.row_tile / share_tiles;
-        const int last_share = (piece.row_tile + tiles_of(piece.context) - 1) / share_tiles;
-        // A share has two places for partial results: of its first row, and of a row that begins within it.
-        auto of_share = [&](int i) {
-            const int place = 2 * (first_share + i) + (i == 0 && piece.row_tile % share_tiles != 0);
-            return static_cast<PartialResult*>(arguments.partials) + int64_t(place) * arguments.virtual_heads + virtual_head;
-        };
-        PartialResult& own = *of_share((piece.row_tile + piece.begin) / share_tiles - first_share);
-        combine(team, of_warp, [&](int c, int i, const float4& output, const float4& sums) {
-            own.output[c][i][lane] = output;
-            if (lane < 4 && rank == 0 && i == 0) own.sums[c][lane] = sums;
-        });
-        __threadfence();
-        team_barrier();
-        const unsigned others = last_share - first_share;
-        if (rank == 0 && lane == 0) {  // the counter wraps to zero, ready for the next layer
+        const unsigned others = (piece.row_tile + tiles_of(piece.context) - 1) / share_tiles - first_share;
+        const bool begins_within = piece.row_tile % share_tiles != 0;
+        keep(*reinterpret_cast<PartialResult*>(&rings[warp]));
+        __syncthreads();
+        combine(piece, {reinterpret_cast<PartialResult*>(rings), reinterpret_cast<char*>(rings), sizeof(Ring), warps},
+                       others == 0 ? nullptr : place_of(share, share == first_share && begins_within));
+        if (others > 0) __threadfence();
+        __syncthreads();
+        if (others == 0) return;
+
+        if (threadIdx.x == 0) {  // the counter wraps to zero, ready for the next layer
             *message = atomicInc(&arguments.plan.arrivals[first_share * arguments.virtual_heads + virtual_head], others) == others;
         }
-        team_barrier();
-        if (*message) {
-            __threadfence();
-            combine(others + 1, of_share, [&](int c, int i, const float4& output, const float4& sums) {
-                write(piece, c, i, output, sums);
-            });
-        }
-        team_barrier();
+        __syncthreads();
+        if (!*message) return;
+        __threadfence();
+        const int64_t stride = 2 * arguments.virtual_heads * sizeof(PartialResult);
+        combine(piece, {place_of(first_share, begins_within),
+                reinterpret_cast<const char*>(place_of(first_share, false)), stride, int(others) + 1}, nullptr);
     }
 };
 
 template <typename T, int max_dim, int columns>
-__global__ void __launch_bounds__(max_warps* warp_size, 1) attend_shares(const __grid_constant__ Arguments arguments) {
+__global__ void __launch_bounds__(max_warps * warp_size, Team<T, max_dim, columns>::blocks_each)
+attend_shares(const __grid_constant__ Arguments arguments) {
     extern __shared__ uint4 shared[];
-    using Team = Worker<T, max_dim, columns>;
-    wait_for_previous();
-    let_next_start();
+    using ThisTeam = Team<T, max_dim, columns>;
     const PlanHeader plan = *arguments.plan.header;
-    const int warps = blockDim.x / warp_size, warp = threadIdx.x / warp_size, team_index = warp / plan.team;
-    const int worker = team_index * gridDim.x + blockIdx.x;
-    const int share = worker / arguments.virtual_heads, virtual_head = worker % arguments.virtual_heads;
+    const int share = blockIdx.x / arguments.virtual_heads, virtual_head = blockIdx.x % arguments.virtual_heads;
     int tile = share * plan.share_tiles;
     const int end = min(tile + plan.share_tiles, plan.tiles);
     if (tile >= end) return;
 
-    typename Team::Ring* rings = reinterpret_cast<typename Team::Ring*>(shared);
+    const int warps = blockDim.x / warp_size;
+    auto rings = reinterpret_cast<typename ThisTeam::Ring*>(shared);
     const int group = arguments.rows.heads / arguments.cache.kv_heads;
     const int heads_each = arguments.virtual_heads / arguments.cache.kv_heads;
-    const int kv_head = virtual_head / heads_each, first_query = virtual_head % heads_each * Team::max_queries;
-    Team team{arguments, rings + team_index * plan.team, reinterpret_cast<int*>(rings + warps) + team_index, plan.team,
-              warp % plan.team, 1 + team_index, int(threadIdx.x) % warp_size, kv_head, kv_head * group + first_query,
-              min(group - first_query, Team::max_queries)};
+    const int kv_head = virtual_head / heads_each, first_query = virtual_head % heads_each * ThisTeam::max_queries;
+    ThisTeam team{arguments, rings, reinterpret_cast<int*>(rings + warps), warps, int(threadIdx.x) / warp_size,
+                  int(threadIdx.x) % warp_size, plan.share_tiles, share, virtual_head, kv_head,
+                  kv_head * group + first_query, min(group - first_query, ThisTeam::max_queries)};
 
     const Share start = arguments.plan.shares[share];
     Piece piece{start.row, start.context, tile - start.tile, start.tile, 0};
     while (true) {
         piece.end = min(tiles_of(piece.context), end - piece.row_tile);
         team.attend(piece);
-        team.finish(piece, virtual_head);
+        team.finish(piece);
         tile = piece.row_tile + piece.end;
         if (tile >= end) return;
-        piece.row++;
-        piece = {piece.row, arguments.rows.context_lens[piece.row], tile, 0, 0};
+        piece = {piece.row + 1, arguments.rows.context_lens[piece.row + 1], tile, 0, 0};
     }
 }
 
 // -------------------------------------------------------------------------------------------------------- the host
 
-int shared_memory_limit() {
-    int device = 0, bytes = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return bytes;
-}
-
-constexpr int message_bytes = max_warps * sizeof(int);
-
-// Calls `function(Worker{})` with the kernel's instance for these shapes.
+// Calls `function(element, max_dim, columns)` of the kernel's instance for these shapes.
 template <typename Function>
-cudaError_t dispatch_worker(DType dtype, int head_dim, int group, Function function) {
+cudaError_t dispatch_kernel(DType dtype, int head_dim, int group, Function function) {
     return dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         auto with_columns = [&](auto max_dim) {
@@ -628,12 +626,25 @@ cudaError_t dispatch_worker(DType dtype, int head_dim, int group, Function funct
     });
 }
 
-template <typename Team>
-Geometry geometry_of(int heads, int kv_heads, int columns) {
+int device_attribute(cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&value, attribute, device);
+    return value;
+}
+
+template <typename Kernel>
+int shared_bytes(int warps) { return warps * sizeof(typename Kernel::Ring) + sizeof(int); }
+
+// A GPU with less shared memory runs fewer warps. No blocks: not even one fits.
+template <typename Kernel>
+Geometry geometry_of(int heads, int kv_heads) {
+    const int memory = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    const int reserved = device_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
     int warps = max_warps;
-    while (warps > 1 && warps * int(sizeof(typename Team::Ring)) + message_bytes > shared_memory_limit()) warps /= 2;
-    const int group = heads / kv_heads;
-    return {multiprocessor_count(), warps, columns, kv_heads * ceil_div(group, columns * column_queries)};
+    while (warps > 1 && shared_bytes<Kernel>(warps) + reserved > memory) warps /= 2;
+    const int each = std::min(memory / (shared_bytes<Kernel>(warps) + reserved), Kernel::blocks_each);
+    return {multiprocessor_count() * each, warps, kv_heads * ceil_div(heads / kv_heads, Kernel::max_queries)};
 }
 
 bool supported(int block_size, int heads, int kv_heads, int head_dim) {
@@ -642,40 +653,39 @@ bool supported(int block_size, int heads, int kv_heads, int head_dim) {
 
 }  // namespace
 
-int64_t decode_plan_bytes(int) {
-    return sizeof(PlanHeader) + max_workers() * (sizeof(Share) + sizeof(unsigned));
-}
+int64_t decode_plan_bytes(int) { return sizeof(PlanHeader) + max_blocks() * (sizeof(Share) + sizeof(unsigned)); }
 
 cudaError_t plan_decode(void* plan, const int* context_lens, int num_rows, int block_size, int heads, int kv_heads,
                         int head_dim, DType dtype, cudaStream_t stream) {
     if (!supported(block_size, heads, kv_heads, head_dim)) return cudaErrorInvalidValue;
     if (num_rows == 0) return cudaSuccess;
-    return dispatch_worker(dtype, head_dim, heads / kv_heads, [&](auto element, auto max_dim, auto columns) {
-        using Team = Worker<decltype(element), decltype(max_dim)::value, decltype(columns)::value>;
-        const Geometry geometry = geometry_of<Team>(heads, kv_heads, columns);
+    return dispatch_kernel(dtype, head_dim, heads / kv_heads, [&](auto element, auto max_dim, auto columns) {
+        const Geometry geometry = geometry_of<Team<decltype(element), max_dim, columns>>(heads, kv_heads);
+        if (geometry.virtual_heads > geometry.blocks) return cudaErrorInvalidValue;
         return launch(split_rows, 1, plan_threads, 0, stream, plan_at(plan), context_lens, num_rows, geometry);
     });
 }
 
-int64_t decode_scratch_bytes(int num_rows, int heads, int head_dim) {
+int64_t decode_scratch_bytes(int, int heads, int head_dim) {
     const int columns = std::min(ceil_div(heads, column_queries), max_columns);
     const int fragments = head_dim <= 64 ? 4 : head_dim <= 128 ? 8 : 16;
-    return int64_t(2) * max_workers() * columns * sizeof(float4) * (fragments * warp_size + 4);
+    return int64_t(2) * max_blocks() * columns * sizeof(float4) * (fragments * warp_size + 4);
 }
 
 cudaError_t decode_attention(void* out, const void* query, const PagedCache& cache, const Rows& rows, void* plan,
                              void* scratch, cudaStream_t stream) {
     if (!supported(cache.block_size, rows.heads, cache.kv_heads, cache.head_dim)) return cudaErrorInvalidValue;
     if (rows.num_rows == 0) return cudaSuccess;
-    return dispatch_worker(cache.dtype, cache.head_dim, rows.heads / cache.kv_heads, [&](auto element, auto max_dim, auto columns) {
-        constexpr int dim = decltype(max_dim)::value;
-        using Team = Worker<decltype(element), dim, decltype(columns)::value>;
-        const Geometry geometry = geometry_of<Team>(rows.heads, cache.kv_heads, columns);
-        const int shared_bytes = geometry.warps * sizeof(typename Team::Ring) + message_bytes;
-        auto kernel = attend_shares<decltype(element), dim, decltype(columns)::value>;
-        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    return dispatch_kernel(cache.dtype, cache.head_dim, rows.heads / cache.kv_heads, [&](auto element, auto max_dim, auto columns) {
+        using T = decltype(element);
+        using Kernel = Team<T, max_dim, columns>;
+        const Geometry geometry = geometry_of<Kernel>(rows.heads, cache.kv_heads);
+        if (geometry.virtual_heads > geometry.blocks) return cudaErrorInvalidValue;
+        const int bytes = shared_bytes<Kernel>(geometry.warps);
+        auto kernel = attend_shares<T, max_dim, columns>;
+        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         if (error != cudaSuccess) return error;
-        return launch(kernel, geometry.blocks, geometry.warps * warp_size, shared_bytes, stream,
+        return launch(kernel, geometry.blocks, geometry.warps * warp_size, bytes, stream,
                       Arguments{out, query, cache, rows, plan_at(plan), scratch, geometry.virtual_heads});
     });
 }

@@ -7,12 +7,20 @@
 
 namespace nanopd {
 
+// Shared memory for a block, such that two fit a multiprocessor: this kernel's, and the next one's with its weights.
+constexpr int kSharedBudget = 113 * 1024;
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+
+// Makes initialised barriers known to TMA; the block's other threads learn of them by __syncthreads.
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
@@ -37,12 +45,12 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 }
 
 // The box of `map` at these coordinates to shared memory; its bytes are counted at `full`.
-__device__ __forceinline__ void load_box(void* target, const CUtensorMap* map, int at0, int at1, int at2, int at3,
+__device__ __forceinline__ void load_box(void* target, const CUtensorMap* map, int at0, int at1, int at2,
                                          uint64_t* full, uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(shared_address(target)),
-        "l"(map), "r"(at0), "r"(at1), "r"(at2), "r"(at3), "r"(shared_address(full)), "l"(policy)
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(target)),
+        "l"(map), "r"(at0), "r"(at1), "r"(at2), "r"(shared_address(full)), "l"(policy)
         : "memory");
 }
 
@@ -58,28 +66,30 @@ __device__ __forceinline__ uint64_t read_often_policy() {
     return policy;
 }
 
-
-// How TMA sees a matrix of 2-byte elements: up to four sizes, the bytes from one index to the next for all but the
-// first, and the box that one instruction copies. A box's rows of 128 bytes land swizzled, so that a column of 16-byte
+// How TMA sees a matrix of 2-byte elements: its sizes, the bytes from one index to the next for all but the first, and
+// the box that one instruction copies. A box's rows of 128 bytes land swizzled, so that a column of 16-byte
 // pieces lies in different banks.
 struct View {
     const void* matrix;
-    cuuint64_t sizes[4];
-    cuuint64_t strides[3];
-    cuuint32_t box[4];
+    cuuint64_t sizes[3];
+    cuuint64_t strides[2];
+    cuuint32_t box[3];
 };
 
+// The driver's function, found at run time: nothing links against the driver.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+}
+
 inline bool encode(CUtensorMap* map, DType dtype, const View& view) {
-    static const auto encode_tiled = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-    }();
-    const cuuint32_t steps[4] = {1, 1, 1, 1};
+    static const auto encode_tiled = tensor_map_encoder();
+    constexpr cuuint32_t steps[3] = {1, 1, 1};
     const auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     return encode_tiled &&
-           encode_tiled(map, type, 4, const_cast<void*>(view.matrix), view.sizes, view.strides, view.box, steps,
+           encode_tiled(map, type, 3, const_cast<void*>(view.matrix), view.sizes, view.strides, view.box, steps,
                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }

@@ -25,6 +25,15 @@ struct PagedCache {
     DType dtype;
 };
 
+// The beginning of each row of a matrix that a kernel soon to come reads first: a weight. Who is given one asks for it to
+// be fetched into L2, so that memory does not idle while short kernels wait for one another. null: nothing.
+struct Prefetch {
+    const void* data;
+    int64_t rows;
+    int64_t row_bytes;     // a multiple of 16
+    int64_t stride_bytes;  // from row to row
+};
+
 // R rows of new tokens laid end to end, T in all. Query and output are [T, heads, head_dim]; a token of the query is
 // `query_stride` elements after the one before (it may be a part of the fused QKV output), the output is contiguous.
 struct Rows {
@@ -43,7 +52,7 @@ struct Rows {
 // out[r] = weight * normed(x[r]), the root mean square taken in float32 and rounded to the dtype before the weight,
 // as Hugging Face does. x, out [rows, size].
 cudaError_t rms_norm(void* out, const void* x, const void* weight, int rows, int size, float eps, DType dtype,
-                     cudaStream_t stream);
+                     const Prefetch& then, cudaStream_t stream);
 
 // out[r, i] = silu(gate_up[r, i]) * gate_up[r, size + i]. gate_up [rows, 2 * size], out [rows, size].
 cudaError_t silu_and_mul(void* out, const void* gate_up, int rows, int size, DType dtype, cudaStream_t stream);
@@ -118,11 +127,6 @@ cudaError_t decode_attention(void* out, const void* query, const PagedCache& cac
 cudaError_t prefill_attention(void* out, const void* query, const PagedCache& cache, const Rows& rows,
                               int max_query_len, cudaStream_t stream);
 
-// out = the attention over the union of two disjoint sets of keys, from each one's output and log-sum-exp.
-// outputs [tokens, heads, head_dim], log-sum-exps float32 [heads, tokens]. out may be `a`.
-cudaError_t merge_attention(void* out, const void* a, const float* lse_a, const void* b, const float* lse_b,
-                            int num_tokens, int heads, int head_dim, DType dtype, cudaStream_t stream);
-
 // ------------------------------------------------------------------------------------------------ linear.cu
 
 // A matrix product for few tokens, bound by the time to read the weights, with its neighbours fused:
@@ -146,6 +150,7 @@ struct LinearArguments {
     int out_features;
     bool silu;
     DType dtype;
+    Prefetch then;  // what the linear after next reads: the next one's weights are fetched by itself
 };
 bool linear_supports(int tokens, int in_features, int out_features, bool silu, DType dtype);
 int64_t linear_scratch_bytes(int max_out_features);

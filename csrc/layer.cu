@@ -47,7 +47,8 @@ __device__ __forceinline__ float block_sum(float value) {
 
 // A thread block to a row, which stays in registers: `items` vectors a thread.
 template <typename T, typename V, int items>
-__global__ void rms_norm_kernel(T* out, const T* x, const T* weight, int size, float eps) {
+__global__ void rms_norm_kernel(T* out, const T* x, const T* weight, int size, float eps, Prefetch then) {
+    prefetch_to_l2(then, int64_t(blockIdx.x) * blockDim.x + threadIdx.x, int64_t(gridDim.x) * blockDim.x);
     const int count = size / V::size;
     V weights[items], row[items];
 #pragma unroll
@@ -86,14 +87,14 @@ __global__ void rms_norm_kernel(T* out, const T* x, const T* weight, int size, f
 
 template <typename T, typename V>
 cudaError_t launch_rms_norm(void* out, const void* x, const void* weight, int rows, int size, float eps,
-                            cudaStream_t stream) {
+                            const Prefetch& then, cudaStream_t stream) {
     const int count = size / V::size;
     // Few rows want all threads on one; many rows fill the GPU anyway, and then small blocks overlap better.
     const int most_threads = rows <= multiprocessor_count() ? 1024 : 256;
     const auto run = [&](auto kernel, int items) {
         const int threads = divide_up(divide_up(count, items), 32) * 32;
         return launch(kernel, rows, threads, 0, stream, static_cast<T*>(out), static_cast<const T*>(x),
-                      static_cast<const T*>(weight), size, eps);
+                      static_cast<const T*>(weight), size, eps, then);
     };
     if (count <= most_threads) return run(rms_norm_kernel<T, V, 1>, 1);
     if (count <= 2 * most_threads) return run(rms_norm_kernel<T, V, 2>, 2);
@@ -180,13 +181,20 @@ __global__ void rope_and_store_kernel(const RopeArguments<T> a) {
             weights[1][i] = load(weight + half + d);
         });
     }
-    let_next_start();
     wait_for_previous();
+    let_next_start();  // in this order: decode_attention, the next, reads early what came before this kernel
 
-    V x[2][items];
+    // All that is read is asked for at once, also what a value has no use for.
+    const int64_t slot = working && !is_query ? a.slot_mapping[token] : -1;
+    const T *cos = a.cos + token * a.head_dim, *sin = a.sin + token * a.head_dim;
+    V x[2][items], cosines[2][items], sines[2][items];
     each([&](int i, int d) {
-        x[0][i] = load(self + d);
-        x[1][i] = load(self + half + d);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            x[k][i] = load(self + k * half + d);
+            cosines[k][i] = load(cos + k * half + d);
+            sines[k][i] = load(sin + k * half + d);
+        }
     });
 
     if (a.q_weight || a.k_weight) {  // the same for all threads of a warp, which the shuffles need
@@ -214,22 +222,18 @@ __global__ void rope_and_store_kernel(const RopeArguments<T> a) {
     }
 
     if (!is_value) {
-        const T *cos = a.cos + token * a.head_dim, *sin = a.sin + token * a.head_dim;
-        each([&](int i, int d) {
-            const V cos_0 = load(cos + d), cos_1 = load(cos + half + d);
-            const V sin_0 = load(sin + d), sin_1 = load(sin + half + d);
+        each([&](int i, int) {
 #pragma unroll
             for (int j = 0; j < V::size; ++j) {
                 const T first = x[0][i].values[j], second = x[1][i].values[j];
-                x[0][i].values[j] = difference(product(first, cos_0.values[j]), product(second, sin_0.values[j]));
-                x[1][i].values[j] = sum(product(second, cos_1.values[j]), product(first, sin_1.values[j]));
+                x[0][i].values[j] = difference(product(first, cosines[0][i].values[j]), product(second, sines[0][i].values[j]));
+                x[1][i].values[j] = sum(product(second, cosines[1][i].values[j]), product(first, sines[1][i].values[j]));
             }
         });
     }
 
     T* target = self;
     if (!is_query) {
-        const int64_t slot = working ? a.slot_mapping[token] : -1;
         if (slot < 0) return;
         const int kv_head = head - a.heads - (is_value ? a.kv_heads : 0);
         target = (is_value ? a.value_cache : a.key_cache) + (slot * a.kv_heads + kv_head) * a.head_dim;
@@ -255,13 +259,13 @@ cudaError_t launch_rope_and_store(RopeArguments<T> arguments, cudaStream_t strea
 }  // namespace
 
 cudaError_t rms_norm(void* out, const void* x, const void* weight, int rows, int size, float eps, DType dtype,
-                     cudaStream_t stream) {
+                     const Prefetch& then, cudaStream_t stream) {
     if (rows == 0) return cudaSuccess;
     return dispatch(dtype, [&](auto zero) {
         using T = decltype(zero);
         if (size % Pack<T>::size == 0 && all_aligned(out, x, weight))
-            return launch_rms_norm<T, Pack<T>>(out, x, weight, rows, size, eps, stream);
-        return launch_rms_norm<T, Pack<T, 1>>(out, x, weight, rows, size, eps, stream);
+            return launch_rms_norm<T, Pack<T>>(out, x, weight, rows, size, eps, then, stream);
+        return launch_rms_norm<T, Pack<T, 1>>(out, x, weight, rows, size, eps, then, stream);
     });
 }
 

@@ -9,13 +9,6 @@ namespace nanopd {
 bool hopper_linear_supports(int tokens, int in_features);
 cudaError_t hopper_linear(const LinearArguments& arguments, cudaStream_t stream);
 
-// linear_blocks.cu
-constexpr int kMaxBlockTokens = 128;
-constexpr int kMaxBlockColumns = 32768;
-bool block_linear_supports(int tokens, int in_features, int out_features, bool silu);
-int64_t block_linear_scratch_bytes();
-cudaError_t block_linear(const LinearArguments& arguments, cudaStream_t stream);
-
 // 16 bytes of a row of weights or of x: 8 consecutive columns.
 struct alignas(16) Fragment {
     uint32_t words[4];

@@ -73,6 +73,12 @@ __device__ __forceinline__ void copy_async(unsigned target, const void* source, 
                  "r"(exists ? 16 : 0));
 }
 
+// Four 8 x 8 matrices of 2-byte elements; each lane gives one row's address.
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+}
+
 __device__ __forceinline__ unsigned pack(float low, float high, __half) {
     const __half2 pair = __floats2half2_rn(low, high);
     return reinterpret_cast<const unsigned&>(pair);

@@ -7,14 +7,18 @@
 // - Query heads that share a KV head share its tiles: the rows of a tile are (token, head of the group) pairs, token
 //   by token. A chunk of 32 tokens with 4 heads a group fills a tile of 128, and a speculative verification of 4
 //   tokens reads the cache once, not once for each query head.
-// - Keys come through the block table. Each lane finds the slot of one of its warp's 16 keys, one step ahead, and
-//   hands it to the lanes that copy the key, so a table entry is read once and nobody waits for it.
+// - Keys come through the block table. Each lane finds the slot of one of its warp's 16 keys and hands it to the
+//   lanes that copy the key and later its value, so a warp reads a table entry once.
 // - Where few queries meet a long context, the thread blocks of a cluster divide the keys (on sm_90 and newer).
 // - A key past the tile's last visible one is not read but filled with zeros: memory there may hold NaN, which a
 //   weight of 0 would not stop (0 * NaN is NaN).
 //
 // Rows of a tile in shared memory are padded by 16 bytes: an odd number of 16-byte words a row puts the eight rows
 // of an ldmatrix on different banks, for every head size. prefill_hopper.cu does the same with Hopper's instructions.
+//
+// Why not the library's attention for long chunks? On Hopper at head size 128 prefill_hopper.cu is about as fast
+// without gathering the keys first; and cuDNN compiles a plan for every new length, 32 ms on an H200, while hardly two
+// prompts are equally long.
 
 #include <cooperative_groups.h>
 
@@ -35,10 +39,6 @@ constexpr int kKeysPerWarp = kKeys / kWarps;  // of them, those a warp copies
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-__device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
-}
 __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
@@ -273,10 +273,10 @@ __global__ void __launch_bounds__(kThreads, kStack == 2 || kHeadDim > 128 ? 2 : 
         wait_for_copies();
         __syncthreads();  // the keys are here, and nobody reads the values before them any more
         copy_tile(value_tile, values, start, slot);
-        slot = find_slot(start + kKeys);
         if (!idle) mine.multiply_keys(scores, lane_queries, key_tile + lane_keys);
         wait_for_copies();
         __syncthreads();  // the values are here, and nobody reads the keys any more
+        slot = find_slot(start + kKeys);
         if (start + kKeys < end) copy_tile(key_tile, keys, start + kKeys, slot);
         if (idle) continue;
         if (start + kKeys > all_visible) {
@@ -428,26 +428,6 @@ struct Call {
     }
 };
 
-// --------------------------------------------------------------------------------------------------- merging
-
-// Every set of keys brings weight in proportion to exp(its log-sum-exp). One thread to 16 bytes.
-template <typename T>
-__global__ void merge_kernel(T* out, const T* a, const float* lse_a, const T* b, const float* lse_b, int num_tokens,
-                             int heads, int packs) {
-    wait_for_previous();
-    let_next_start();
-    const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-    if (i >= int64_t(num_tokens) * heads * packs) return;
-    const int64_t pair = i / packs, at = pair % heads * num_tokens + pair / heads;
-    const float share_b = 1 / (1 + expf(lse_a[at] - lse_b[at])), share_a = 1 - share_b;
-    Pack<T> x = reinterpret_cast<const Pack<T>*>(a)[i];
-    const Pack<T> y = reinterpret_cast<const Pack<T>*>(b)[i];
-#pragma unroll
-    for (int j = 0; j < Pack<T>::size; ++j)
-        x.values[j] = from_float<T>(share_a * to_float(x.values[j]) + share_b * to_float(y.values[j]));
-    reinterpret_cast<Pack<T>*>(out)[i] = x;
-}
-
 }  // namespace
 
 cudaError_t prefill_attention(void* out, const void* query, const PagedCache& cache, const Rows& rows,
@@ -460,18 +440,6 @@ cudaError_t prefill_attention(void* out, const void* query, const PagedCache& ca
         2 * call.num_tiles(128) >= multiprocessor_count())
         return hopper_prefill(out, query, cache, rows, max_query_len, stream);
     return dispatch(cache.dtype, [&](auto type) { return call.run(type); });
-}
-
-cudaError_t merge_attention(void* out, const void* a, const float* lse_a, const void* b, const float* lse_b,
-                            int num_tokens, int heads, int head_dim, DType dtype, cudaStream_t stream) {
-    return dispatch(dtype, [&](auto type) {
-        using T = decltype(type);
-        const int packs = head_dim / Pack<T>::size;
-        const int64_t blocks = (int64_t(num_tokens) * heads * packs + 255) / 256;
-        if (blocks == 0) return cudaSuccess;
-        return launch(merge_kernel<T>, dim3(unsigned(blocks)), dim3(256), 0, stream, static_cast<T*>(out),
-                      static_cast<const T*>(a), lse_a, static_cast<const T*>(b), lse_b, num_tokens, heads, packs);
-    });
 }
 
 }  // namespace nanopd

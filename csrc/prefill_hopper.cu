@@ -19,13 +19,15 @@ namespace {
 
 constexpr int kHeadDim = 128;
 constexpr int kRows = 128;       // query rows of a tile: 64 to a computing warpgroup
-constexpr int kKeys = 128;       // keys of a step
 constexpr int kStages = 2;
 constexpr int kGroupThreads = 128;
 constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kPanelBytes = 128 * 128;          // 128 rows of 64 dimensions
 constexpr int kTileBytes = 2 * kPanelBytes;
 constexpr int kSharedBytes = (1 + 2 * kStages) * kTileBytes + 1024 + 128;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr int kKeys = 128;  // keys of a step
 
 // ----------------------------------------------------------------------------------------------- barriers
 
@@ -108,7 +110,6 @@ __device__ __forceinline__ void finish(float sum) {
                      : RESULT(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                            \
     }
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 DEFINE_PRODUCTS(__half, "f16")
 DEFINE_PRODUCTS(__nv_bfloat16, "bf16")
 

@@ -10,14 +10,9 @@ constexpr int threads = 512;
 constexpr int warps = threads / 32;
 constexpr int loads = 5;  // that each thread has in flight: enough for a row of 160,000 logits of 2 bytes
 
-// One row's vocabulary is too much for one multiprocessor when there are few rows. Where thread blocks can form a
-// cluster, and so read each other's shared memory, eight share a row; on older GPUs one does it alone.
-constexpr int cluster_size = 8;
-#if __CUDA_ARCH__ >= 900
-#define CLUSTERED __cluster_dims__(cluster_size, 1, 1)
-#else
-#define CLUSTERED
-#endif
+// One row's vocabulary is too much for one multiprocessor when there are few rows. Where thread blocks can form
+// clusters, and so read each other's shared memory, up to eight share a row; on older GPUs one does it alone.
+constexpr int largest_cluster = 8;
 
 // What is known of a part of a row. NaN and infinities need no flag of their own: a NaN makes the sum one, so does
 // a maximum of +inf (inf - inf), and a row of nothing but -inf keeps -inf as its maximum.
@@ -62,9 +57,9 @@ __device__ __forceinline__ void add(Part& part, const V& pack, int start) {
     for (int j = 0; j < V::size; ++j) part.sum += __expf(to_float(pack.values[j]) - finite(part.max));
 }
 
-// Row blockIdx.y, shared by gridDim.x thread blocks.
+// Row blockIdx.y, shared by the gridDim.x thread blocks of a cluster.
 template <typename T, typename V>
-__global__ void CLUSTERED __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads)
 greedy_sample_kernel(int64_t* token_ids, float* logprobs, bool* broken, const T* logits, int vocab) {
     __shared__ Part parts[warps];
     __shared__ Part whole;
@@ -94,11 +89,13 @@ greedy_sample_kernel(int64_t* token_ids, float* logprobs, bool* broken, const T*
     if (threadIdx.x == 0) whole = part;
 
 #if __CUDA_ARCH__ >= 900
-    const auto cluster = cooperative_groups::this_cluster();
-    cluster.sync();
-    if (warp == 0 && blockIdx.x == 0)
-        part = merged_over_warp(lane < cluster_size ? *cluster.map_shared_rank(&whole, lane) : Part{});
-    cluster.sync();  // nobody leaves while its shared memory is read
+    if (gridDim.x > 1) {
+        const auto cluster = cooperative_groups::this_cluster();
+        cluster.sync();
+        if (warp == 0 && blockIdx.x == 0)
+            part = merged_over_warp(lane < gridDim.x ? *cluster.map_shared_rank(&whole, lane) : Part{});
+        cluster.sync();  // nobody leaves while its shared memory is read
+    }
 #endif
     if (blockIdx.x > 0 || threadIdx.x > 0) return;
     const bool is_broken = isnan(part.sum) || part.max == -INFINITY;
@@ -116,8 +113,9 @@ cudaError_t greedy_sample(int64_t* token_ids, float* logprobs, bool* broken, con
         using T = decltype(zero);
         const bool packs = vocab % Pack<T>::size == 0 && reinterpret_cast<uintptr_t>(logits) % 16 == 0;
         const auto kernel = packs ? greedy_sample_kernel<T, Pack<T>> : greedy_sample_kernel<T, Pack<T, 1>>;
-        const dim3 grid(compute_capability() >= 90 ? cluster_size : 1, rows);
-        return launch(kernel, grid, threads, 0, stream, token_ids, logprobs, broken, static_cast<const T*>(logits),
+        int cluster = compute_capability() >= 90 ? largest_cluster : 1;
+        while (cluster > 1 && rows * cluster > 2 * multiprocessor_count()) cluster /= 2;
+        return launch_clusters(kernel, cluster, dim3(cluster, rows), threads, 0, stream, token_ids, logprobs, broken, static_cast<const T*>(logits),
                       vocab);
     });
 }

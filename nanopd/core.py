@@ -8,6 +8,7 @@ prompt is being read (prefill), exactly one while tokens are being written (deco
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceABC
@@ -179,6 +180,7 @@ class Sequence:
         self.token_ids: list[int] = list(prompt_token_ids)
         self.prompt_len = len(self.token_ids)
         self.num_computed = 0
+        self.max_len = sys.maxsize  # tokens it may have, prompt and answer: for the scheduler to say
         self.phase = Phase.WAITING
         self.finish_reason: FinishReason | None = None
         self.logprobs: list[float] = []  # one for each output token
@@ -222,7 +224,7 @@ class Sequence:
         self.token_ids.append(-1 - draw)
 
     def append_token(self, token_id: int, logprob: float = 0.0) -> None:
-        if self.awaits_token:
+        if self.token_ids[-1] < 0:
             self.token_ids[-1] = token_id
         else:
             self.token_ids.append(token_id)
@@ -250,6 +252,7 @@ class Sequence:
         child = Sequence(self.token_ids, request_id=self.request_id, index=index)
         child.prompt_len = self.prompt_len
         child.num_computed = self.num_computed
+        child.max_len = self.max_len
         child.phase = self.phase
         child.logprobs = list(self.logprobs)
         return child

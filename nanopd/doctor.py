@@ -22,6 +22,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanopd.paged_attention import build
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -148,10 +150,11 @@ def check_ninja(path: str | None) -> Finding:
     return Finding("ninja", State.OK, path)
 
 
-def check_kernels(sources: Sequence[str]) -> Finding:
+def check_kernels(sources: Sequence[str], status: str) -> Finding:
+    """`status` says whether they are compiled for this machine's GPUs."""
     if not sources:
-        return Finding("CUDA sources", State.MISSING, "none in this version", "the engine runs by plain torch")
-    return Finding("CUDA sources", State.OK, f"{len(sources)} .cu file{'s' * (len(sources) != 1)}")
+        return Finding("CUDA sources", State.MISSING, "not found", "the engine runs by plain torch; install nanoPD again")
+    return Finding("CUDA sources", State.OK, f"{len(sources)} .cu file{'s' * (len(sources) != 1)}, {status}")
 
 
 def check_memory(total: int | None, available: int | None) -> Finding:
@@ -248,18 +251,18 @@ def _engine_on_gpu(gpus: list[Finding], engine: bool) -> Finding:
         return Finding(name, State.MISSING, "no GPU that torch can use")
     if not engine:
         return Finding(name, State.MISSING, "the engine does not run yet")
-    return Finding(name, State.OK, f"yes, on {len(gpus)} GPU{'s' * (len(gpus) != 1)}, by plain torch")
+    return Finding(name, State.OK, f"yes, on {len(gpus)} GPU{'s' * (len(gpus) != 1)}")
 
 
 def _compiled_kernels(by_name: dict[str, Finding], has_gpu: bool) -> Finding:
     name = "Compiled kernels"
     if by_name["CUDA sources"].state is State.MISSING:
-        return Finding(name, State.MISSING, "this version has none yet; attention runs by plain torch")
+        return Finding(name, State.MISSING, "no sources; the engine runs by plain torch", by_name["CUDA sources"].advice)
     absent = _absent(by_name, "nvcc", "ninja")
     if absent:
         return Finding(name, State.MISSING, f"needs {' and '.join(absent)}", by_name[absent[0]].advice)
     return Finding(name, State.OK if has_gpu else State.LIMITED,
-                   "can be compiled and run" if has_gpu else "can be compiled, not run: no GPU")
+                   "yes; compiled at first use and kept" if has_gpu else "can be compiled, not run: no GPU")
 
 
 def _direct_transfer(p2p: Finding) -> Finding:
@@ -290,8 +293,8 @@ def examine() -> Report:
         *_gpus(torch),
         _guarded("P2P", lambda: check_p2p(torch)),
         _guarded("nvcc", lambda: check_nvcc(*_nvcc())),
-        _guarded("ninja", lambda: check_ninja(_beside_python("ninja"))),
-        _guarded("CUDA sources", lambda: check_kernels(_cuda_sources())),
+        _guarded("ninja", lambda: check_ninja(build.find_ninja())),
+        _guarded("CUDA sources", lambda: check_kernels(_cuda_sources(), build.kernels_status())),
         _guarded("CPU cores", lambda: check_cores(_cores())),
         _guarded("Host memory", lambda: check_memory(*_memory())),
         _guarded("Disk", lambda: check_disk(shutil.disk_usage(Path.cwd()).free, str(Path.cwd()))),
@@ -332,22 +335,15 @@ def _version(package: str) -> str | None:
 
 
 def _nvcc() -> tuple[str | None, str]:
-    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    path = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    path = build.find_nvcc()
     if path is None:
         return None, ""
     ran = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
     return path, ran.stdout
 
 
-def _beside_python(program: str) -> str | None:
-    """On PATH, or in this environment's own folder of programs, which is not always on PATH."""
-    return shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
-
-
 def _cuda_sources() -> list[str]:
-    folders = (PACKAGE / "_csrc", PACKAGE.parent / "csrc")  # in a wheel, in a checkout
-    return sorted(str(path) for folder in folders if folder.is_dir() for path in folder.rglob("*.cu"))
+    return [path.name for path in build.cuda_sources() if path.suffix == ".cu"]
 
 
 def _cores() -> int:

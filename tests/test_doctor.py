@@ -113,6 +113,12 @@ def test_nvcc():
     assert doctor.check_nvcc(None).state is State.MISSING
 
 
+def test_cuda_sources_and_whether_they_are_compiled():
+    assert doctor.check_kernels(["a.cu", "b.cu"], "compiled").found == "2 .cu files, compiled"
+    assert doctor.check_kernels([], "not compiled").state is State.MISSING
+    assert "layer.cu" in doctor._cuda_sources()
+
+
 def test_memory_cores_disk():
     assert doctor.check_memory(16 * GIB, 12 * GIB) == Finding("Host memory", State.OK, "12.0 of 16.0 GiB free")
     assert doctor.check_memory(16 * GIB, None).found == "16.0 GiB"
@@ -217,8 +223,10 @@ def test_examine_survives_a_machine_where_nothing_answers(monkeypatch):
     def broken(*args, **kwargs):
         raise OSError("no such device")
 
-    for name in ("_nvcc", "_memory", "_cores", "_cuda_sources", "_beside_python"):
+    for name in ("_nvcc", "_memory", "_cores", "_cuda_sources"):
         monkeypatch.setattr(doctor, name, broken)
+    for name in ("find_ninja", "kernels_status"):
+        monkeypatch.setattr(doctor.build, name, broken)
     monkeypatch.setattr(doctor, "_import_torch", lambda: (None, "does not import: broken"))
     monkeypatch.setattr(doctor, "PACKAGE", doctor.PACKAGE / "nowhere")
     report = doctor.examine()

@@ -33,10 +33,10 @@ class Found(NamedTuple):
     on_cpu: bool = False
 
 
-def main(args: list[str], prog: str = "nanopd bench") -> int:
+def main(args: list[str]) -> int:
     """Run one benchmark, or all of them. Returns the exit code."""
-    options = _parser(prog).parse_args(args)
-    options.command = shlex.join(["nanopd", "bench", *args])
+    options = _parser().parse_args(args)
+    options.command = _command(args)
     try:
         return options.run(options)
     except (ValueError, OSError) as error:
@@ -47,19 +47,29 @@ def main(args: list[str], prog: str = "nanopd bench") -> int:
         return 130
 
 
+def _command(args: list[str]) -> str:
+    """What to type for the same figures: where they are written to does not matter."""
+    _, words = _common().parse_known_args(args)
+    return shlex.join(["nanopd", "bench", *words])
+
+
 # --------------------------------------------------------------------------------------------------- options
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _common() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--out", type=Path, default=RECORDED, metavar="DIR",
                         help="write DIR/<device>/<benchmark>.json; default: %(default)s")
     common.add_argument("--commit", help="the commit to record, where this copy has no .git")
-    parser = argparse.ArgumentParser(prog=prog, description="What this machine reaches, beside what it allows.")
+    return common
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nanopd bench", description="What this machine reaches, beside what it allows.")
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, parents=[common], help=text, description=text)
+        added = commands.add_parser(name, parents=[_common()], help=text, description=text)
         added.set_defaults(run=run)
         return added
 
@@ -185,7 +195,7 @@ def _all(options: argparse.Namespace) -> int:
     _require_gpu("all")
     failed = []
     for name in ("scheduler", "kernels", "decode", "prefill", "serve"):
-        chosen = _parser("nanopd bench").parse_args([name])
+        chosen = _parser().parse_args([name])
         chosen.out, chosen.commit, chosen.command = options.out, options.commit, options.command
         try:
             chosen.run(chosen)

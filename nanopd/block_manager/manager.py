@@ -50,13 +50,16 @@ class Lease:
 class BlockTable:
     """A sequence's blocks, and the prefixes under which `commit` has registered the first of them.
 
-    A fork that drafts does not hold its first `num_borrowed` blocks: it reads them in the table of the sequence that
-    it drafts for.
+    Positions from `own_from` up to `own_to` are known to be in blocks that nobody shares and nobody can find, so that
+    `append_slot` need not look. A fork that drafts does not hold its first `num_borrowed` blocks: it reads them in the
+    table of the sequence that it drafts for.
     """
 
     sequence: Sequence
     block_ids: list[int]
     prefixes: list[Prefix] = field(default_factory=list)
+    own_from: int = 0
+    own_to: int = 0
     num_borrowed: int = 0
 
     @property
@@ -199,15 +202,13 @@ class BlockSpaceManager:
             ValueError: no table, or `num_new` below 1.
         """
         table = self._tables[sequence.seq_id]
-        num_held = len(table.block_ids)
-        room = num_held * self.block_size - sequence.num_computed
-        if (0 < num_new <= room <= self.block_size and len(table.prefixes) < num_held
-                and self.pool.is_private(table.block_ids[-1])):
-            return []  # nearly always: the last block has room, and is the sequence's own
+        start = sequence.num_computed
+        if table.own_from <= start < start + num_new <= table.own_to:
+            return []  # nearly always
         first, end = self._written_blocks(sequence, num_new)
         self._require_free(self.blocks_to_append(sequence, num_new))
         copies = []
-        for index in range(first, min(end, num_held)):
+        for index in range(first, min(end, len(table.block_ids))):
             if self.pool.ref_count(table.block_ids[index]) > 1:
                 copies.append(self._copy_on_write(table, index))
             else:
@@ -215,6 +216,7 @@ class BlockSpaceManager:
         while len(table.block_ids) < end:
             table.block_ids.append(self.pool.allocate(sequence.seq_id))
         del table.prefixes[first:]  # what is about to be overwritten has to be registered again
+        table.own_from, table.own_to = first * self.block_size, end * self.block_size
         return copies
 
     def commit(self, sequence: Sequence) -> None:
@@ -230,6 +232,7 @@ class BlockSpaceManager:
             parent = table.prefixes[-1] if table.prefixes else None
             tokens = self._block_tokens(sequence.token_ids, index)
             table.prefixes.append(self.pool.register(table.block_ids[index], parent, tokens))
+        table.own_from = num_full * self.block_size
 
     # ------------------------------------------------------------------------------- sharing and letting go
 
@@ -253,6 +256,7 @@ class BlockSpaceManager:
         shared = BlockTable(child, table.block_ids[:num_blocks], table.prefixes[:num_blocks])
         for block_id in shared.block_ids:
             self.pool.share(block_id, child.seq_id)
+        table.own_to = 0
         self._tables[child.seq_id] = shared
         child.num_computed = num_computed
         self.counters.forks += 1
@@ -300,6 +304,7 @@ class BlockSpaceManager:
         self.pool.log("fork", other=sequence.seq_id, seq_id=fork.seq_id, detail=f"of sequence {sequence.seq_id}")
         for block_id in table.held:
             self.pool.share(block_id, fork.seq_id)
+        self._tables[sequence.seq_id].own_to = 0
         return self.append_slot(fork, num_new)
 
     def accept(self, sequence: Sequence, fork: Sequence, num_tokens: int) -> None:
@@ -312,6 +317,7 @@ class BlockSpaceManager:
             self.pool.share(block_id, sequence.seq_id)
         self._release(table.block_ids[first:], sequence.seq_id)
         table.block_ids[first:] = right
+        table.own_to = 0
         del table.prefixes[first:]
         self.free(fork)
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from itertools import count
+from typing import NamedTuple
 
 EVENTS_KEPT = 4096
 
@@ -33,8 +34,7 @@ class InvariantError(AssertionError):
     """The books don't balance. The message lists every fault that `check` found."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockEvent:
+class BlockEvent(NamedTuple):
     """One move, for the block map to show. `kind` is one of:
 
     allocate, evict      a free block is handed out; before that, the tokens it cached are dropped
@@ -217,11 +217,6 @@ class BlockPool:
 
     def ref_count(self, block_id: int) -> int:
         return self.blocks[block_id].ref_count
-
-    def is_private(self, block_id: int) -> bool:
-        """Whether its one holder may write to it: nobody shares it, and nobody can find it."""
-        block = self.blocks[block_id]
-        return block.ref_count == 1 and block.prefix is None
 
     # What a block can be found by
 

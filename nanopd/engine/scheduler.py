@@ -52,10 +52,13 @@ class Update:
 
 @dataclass(order=True)
 class _Entry:
-    """A group in line, by age."""
+    """A group in line, by age, and what does not change about it."""
 
     ticket: int
     group: SequenceGroup = field(compare=False)
+    num_firsts: int = field(compare=False)  # answers that are drawn after the prompt
+    num_top: int = field(compare=False)  # alternatives to report for each token
+    is_plain: bool = field(compare=False)  # see `Scheduler._is_plain`
 
 
 class Scheduler:
@@ -83,9 +86,8 @@ class Scheduler:
 
     def add(self, group: SequenceGroup) -> None:
         """Queue a fresh request. Whether it can be served at all is for `Limits.check` to say beforehand."""
-        self._groups[group.request_id] = group
         self._begin_beams(group)
-        self.waiting.append(_Entry(next(self._tickets), group))
+        self.waiting.append(self._take_in(group))
 
     def adopt(self, group: SequenceGroup, lease: Lease) -> None:
         """Take over a request whose prompt was computed elsewhere: its KV is in the lease's blocks.
@@ -93,7 +95,7 @@ class Scheduler:
         Each sequence of the group has its first token. Of those that go on, the first takes the lease and the others
         fork from it; those that ended with that token count as answers a beam search has found.
         """
-        self._groups[group.request_id] = group
+        entry = self._take_in(group)
         leader, *others = group.live
         search = self._begin_beams(group)
         for sequence in group.sequences if search else ():
@@ -104,7 +106,17 @@ class Scheduler:
             self._share_prompt(leader, sequence)
         for sequence in group.live:
             sequence.move_to(Phase.DECODE)
-        self.running.append(_Entry(next(self._tickets), group))
+        self.running.append(entry)
+
+    def _take_in(self, group: SequenceGroup) -> _Entry:
+        """Note what a group is, and how long its answers may get."""
+        request, ticket = group.request, next(self._tickets)
+        self._groups[group.request_id] = group
+        for sequence in group.sequences:
+            sequence.max_len = min(sequence.prompt_len + (request.max_tokens or self.max_len), self.max_len)
+        if request.beam:
+            return _Entry(ticket, group, 1, beam.num_candidates(request.beam.beam_width, len(self.eos_token_ids)), False)
+        return _Entry(ticket, group, request.sampling.n, request.sampling.logprobs or 0, self._is_plain(group))
 
     def _begin_beams(self, group: SequenceGroup) -> beam.BeamSearch | None:
         params = group.request.beam
@@ -139,7 +151,7 @@ class Scheduler:
         self._plan_running(plan)
         if self.waiting and not plan.preempted:
             self._admit(plan)
-        if self.proposer:
+        if self.proposer is not None:
             self._add_drafts(plan, self.proposer)
         return plan
 
@@ -149,7 +161,10 @@ class Scheduler:
         for entry in self.running.copy():
             for sequence in entry.group.sequences:
                 if sequence.phase is DECODE:
-                    if self._budget and self._has_token_to_run(entry.group, sequence):
+                    tokens = sequence.token_ids
+                    waits = len(tokens) == sequence.num_computed  # a beam, for the others
+                    ends = tokens[-1] < 0 and len(tokens) >= sequence.max_len  # with the token being drawn
+                    if self._budget and not waits and not ends:
                         self._plan_row(plan, entry, sequence, 1)
                 elif sequence.phase is PREFILL:
                     reading.append((entry, sequence))
@@ -157,18 +172,6 @@ class Scheduler:
             num_new = self._chunk_size(entry.group, sequence)
             if num_new and sequence.phase is PREFILL:
                 self._plan_row(plan, entry, sequence, num_new)
-
-    def _has_token_to_run(self, group: SequenceGroup, sequence: Sequence) -> bool:
-        """Not where a beam waits for the others, nor where the token being drawn is the last, whichever it is."""
-        tokens = sequence.token_ids
-        if tokens[-1] < 0 and self._is_full(group.request, sequence):
-            return False
-        return len(tokens) > sequence.num_computed
-
-    def _is_full(self, request: Request, sequence: Sequence) -> bool:
-        """Whether an answer has all the tokens that it may have."""
-        length = len(sequence.token_ids)
-        return length >= self.max_len or length - sequence.prompt_len == request.sampling.max_tokens
 
     def _chunk_size(self, group: SequenceGroup, sequence: Sequence) -> int:
         """How many tokens of the sequence fit into what is left of the step's budget."""
@@ -190,19 +193,10 @@ class Scheduler:
         num_cached = sequence.num_computed
         row = PlanRow(sequence, entry.group.request, num_new, num_cached, self.manager.live_table(sequence), copies)
         if num_cached + num_new == len(sequence.token_ids):
-            self._ask_for_draws(row)
+            row.num_samples = 1 if entry.num_firsts == 1 or sequence.num_output else entry.num_firsts
+            row.num_top = entry.num_top
         plan.rows.append(row)
         self._budget -= num_new
-
-    def _ask_for_draws(self, row: PlanRow) -> None:
-        request = row.request
-        sampling = request.sampling
-        if request.beam:
-            row.num_samples = 1
-            row.num_top = beam.num_candidates(request.beam.beam_width, len(self.eos_token_ids))
-        else:
-            row.num_samples = 1 if sampling.n == 1 or row.sequence.num_output else sampling.n
-            row.num_top = sampling.logprobs or 0
 
     def _preempt(self, entry: _Entry, plan: StepPlan) -> None:
         """Send a running group back to wait: its blocks go, its tokens stay, and it will be recomputed."""
@@ -248,7 +242,7 @@ class Scheduler:
     # ----------------------------------------------------------------------------------------------- drafts
 
     def _add_drafts(self, plan: StepPlan, proposer: Proposer) -> None:
-        """They take what is left, so nobody waits or is preempted for one."""
+        """Guesses take what is left, so nobody waits or is preempted for one."""
         for row in plan.rows:
             if row.sequence.phase is not DECODE or row.copies or not self._may_draft(row.request):
                 continue
@@ -261,17 +255,15 @@ class Scheduler:
 
     @staticmethod
     def _may_draft(request: Request) -> bool:
-        """A penalty for repetition makes each draw depend on the guesses before it; what else is left out reports more
-        than the tokens drawn."""
+        """With a penalty for repetition a draw depends on the guesses before it; beams, and requests for alternatives,
+        need more than the tokens drawn."""
         return request.beam is None and request.sampling.repetition_penalty == 1 and not request.sampling.logprobs
 
     def _room_for_drafts(self, row: PlanRow) -> int:
-        """How many may follow the row's token: it is drawn after each of them, and the last one drawn still has to fit."""
-        size, sampling = self.manager.block_size, row.request.sampling
-        length = row.num_cached + 1
+        """How many guesses may follow the row's token. A token is drawn after the last of them, which has to fit too."""
+        size, length = self.manager.block_size, row.num_cached + 1
         blocks = row.num_cached // size + self.manager.num_free_blocks
-        room = min(self._budget, blocks * size - length, self.max_len - length - 1)
-        return room if sampling.max_tokens is None else min(room, sampling.max_tokens - row.sequence.num_output - 1)
+        return min(self._budget, blocks * size - length, row.sequence.max_len - length - 1)
 
     def _draft(self, row: PlanRow, drafts: list[int]) -> None:
         """Have the row run a fork of its sequence that ends with the drafts."""
@@ -317,7 +309,7 @@ class Scheduler:
         a prompt about to be handed on, or so few free blocks that somebody would be preempted. Nor with drafts, which
         follow from the last token: a step that confirms several is worth more than one that begins a little earlier.
         """
-        if not self._may_run_ahead(plan):
+        if not self._may_run_ahead():
             return None
         draw = 0
         for row in plan.rows:
@@ -332,21 +324,20 @@ class Scheduler:
         plan.run_ahead = True
         return self.schedule()
 
-    def _may_run_ahead(self, plan: StepPlan) -> bool:
+    def _may_run_ahead(self) -> bool:
         most_blocks = 0  # that the next step takes: one for each sequence that writes
         for entry in self.running:
-            if not self._is_plain(entry.group):
+            sequences = entry.group.sequences
+            if not entry.is_plain or (entry.num_firsts > 1 and any(one.phase is PREFILL for one in sequences)):
                 return False
-            most_blocks += len(entry.group.sequences)
-        return most_blocks <= self.manager.num_free_blocks and all(row.num_samples <= 1 for row in plan.rows)
+            most_blocks += len(sequences)
+        return most_blocks <= self.manager.num_free_blocks
 
     def _is_plain(self, group: SequenceGroup) -> bool:
-        """Whether all that a step changes in the group is known beforehand, but for the tokens themselves."""
-        if self.proposer and self._may_draft(group.request):
-            return False
-        sampling = group.request.sampling
-        return (sampling.repetition_penalty == 1 and group.request.beam is None and not group.handoff
-                and (sampling.n == 1 or all(sequence.phase is DECODE for sequence in group.live)))
+        """Whether all that a step changes in the group, once its answers write, is known but for the tokens."""
+        request = group.request
+        may_draft = self.proposer is not None and self._may_draft(request)
+        return request.beam is None and request.sampling.repetition_penalty == 1 and not group.handoff and not may_draft
 
     # ------------------------------------------------------------------------------------------ committing
 
@@ -394,7 +385,7 @@ class Scheduler:
         if (is_eos or token_id in sampling.stop_token_ids) and sequence.num_output > sampling.min_tokens:
             update.stop_reason = None if is_eos else token_id
             update.finish_reason = FinishReason.STOP
-        elif self._is_full(row.request, sequence):
+        elif len(sequence.token_ids) >= sequence.max_len:
             update.finish_reason = FinishReason.LENGTH
         if update.finish_reason:
             self.finish(sequence, update.finish_reason)
@@ -458,7 +449,7 @@ class Scheduler:
         """End one sequence and let go of its blocks. After an error nobody else may build on what is in them."""
         if reason is FinishReason.ERROR:
             self.manager.forget(sequence)
-        if self.proposer:
+        if self.proposer is not None:
             self.proposer.forget(sequence)
         self._drop_fork(sequence)
         self.manager.free(sequence)

@@ -12,7 +12,7 @@ from nanopd.config import ModelSpec
 from nanopd.models.fused import embed, norm_linear
 from nanopd.models.layers import DecoderLayer, Embedding, Linear, RMSNorm
 from nanopd.models.rope import RotaryEmbedding
-from nanopd.paged_attention.ops import AttentionBatch
+from nanopd.paged_attention.ops import AttentionBatch, plan_attention
 
 
 class Decoder(nn.Module):
@@ -44,6 +44,7 @@ class Decoder(nn.Module):
         `on_layer(i)` is called once layer i's new K and V are in the cache and its attention is done (on a
         GPU: queued), before its MLP. A token id below zero, -1 - i, stands for last_drawn[i].
         """
+        plan_attention(batch, cache.layer(0)[0], self.spec.num_heads)
         hidden, rotation = embed(token_ids, positions, last_drawn, self.embed_tokens, self.rotary)
         for index, layer in enumerate(self.layers):
             hidden = layer.attend(hidden, rotation, cache.layer(index), batch)

@@ -30,7 +30,7 @@ class AttentionBatch:
     context_lens: list[int]
     contexts: Tensor | None = None
     starts: Tensor | None = None
-    plan: Tensor | None = None  # how the decodes are split over the GPU: made by the first layer, used by all
+    plan: Tensor | None = None  # how the decodes are split over the GPU: made once a step, used by all layers
     num_decodes: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -120,21 +120,33 @@ def _compile(library: Path, targets: Sequence[str], nvcc: str, ninja: str) -> No
         os.replace(Path(folder) / "kernels.so", library)
 
 
-def _ninja_file(targets: Sequence[str], nvcc: str) -> str:
+def torch_flags() -> list[str]:
+    """For the bindings, which keep to the stable ABI of the oldest torch supported."""
+    return [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", "-isystem", str(_torch_home() / "include")]
+
+
+def link_flags() -> list[str]:
+    """torch is in the process already; it is linked so that the loader can say so where it is not."""
+    return [f"-L{_torch_home() / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl"]
+
+
+def _torch_home() -> Path:
     import torch
 
-    torch_home = Path(torch.__file__).parent
+    return Path(torch.__file__).parent
+
+
+def _ninja_file(targets: Sequence[str], nvcc: str) -> str:
     sources = [path for path in cuda_sources() if path.suffix in (".cu", ".cpp")]
     objects = {path: f"{path.stem}.o" for path in sources}
     lines = [
         f"nvcc = {_escaped(nvcc)}",
         f"flags = {' '.join([*NVCC_FLAGS, *arch_flags(targets)])}",
-        f"torch = -DTORCH_TARGET_VERSION={OLDEST_TORCH} -isystem {_escaped(torch_home / 'include')}",
+        f"torch = {' '.join(map(_escaped, torch_flags()))}",
         "rule cu\n  command = $nvcc $flags -c $in -o $out",
         "rule cpp\n  command = $nvcc $flags $torch -c $in -o $out",
-        # torch is in the process already; it is linked so that the loader can say so where it is not
-        f"rule link\n  command = $nvcc $flags -shared $in -o $out -cudart static -L{_escaped(torch_home / 'lib')} "
-        "-ltorch_cpu -lc10 -ldl",
+        f"link = {' '.join(map(_escaped, link_flags()))}",
+        "rule link\n  command = $nvcc $flags -shared $in -o $out -cudart static $link",
         *(f"build {name}: {path.suffix[1:]} {_escaped(path)}" for path, name in objects.items()),
         f"build kernels.so: link {' '.join(objects.values())}",
     ]

@@ -20,6 +20,9 @@ DEBUG = os.environ.get("NANOPD_DEBUG") == "1"
 
 _ops = torch.ops.nanopd
 
+Prefetch = tuple[Tensor | None, int]  # a weight, and how many bytes of each of its rows
+NOTHING: Prefetch = (None, 0)
+
 
 def usable(x: Tensor) -> bool:
     """Whether there are kernels for tensors like this one. Compiles them when first asked."""
@@ -47,9 +50,10 @@ def embed(token_ids: Tensor, positions: Tensor, last_drawn: Tensor, weight: Tens
     return out, (cos, sin)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, then: Prefetch = NOTHING) -> Tensor:
+    """`then`: what the next kernel reads first, to be fetched into L2 meanwhile."""
     out = torch.empty_like(x)
-    _ops.rms_norm(out, x, weight, eps)
+    _ops.rms_norm(out, x, weight, eps, *then)
     return out
 
 
@@ -133,11 +137,6 @@ def prefill_attention(out: Tensor, query: Tensor, key_cache: Tensor, value_cache
     _ops.prefill_attention(out, query, key_cache, value_cache, block_tables, query_starts, contexts, max_query_len, scale)
 
 
-def merge_attention(out: Tensor, a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> None:
-    """Attention over two disjoint sets of keys from that over each, with log-sum-exps float32 [heads, T]."""
-    _ops.merge_attention(out, a, lse_a, b, lse_b)
-
-
 # ------------------------------------------------------------------------------------------------------------ linear
 
 
@@ -147,15 +146,16 @@ def linear_supports(x: Tensor, weight: Tensor, silu: bool = False) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm_weight: Tensor | None = None, eps: float = 0.0,
-           residual: Tensor | None = None, silu: bool = False) -> Tensor:
+           residual: Tensor | None = None, silu: bool = False, then: Prefetch = NOTHING) -> Tensor:
     """[norm](x) @ weight.T + bias, then silu-and-multiply of its two halves, then `residual` is added to.
 
-    With a residual the result takes its place, and that is what is returned.
+    With a residual the result takes its place, and that is what is returned. `then`: what the linear after this one
+    reads, where other kernels stand between the two.
     """
     features = weight.shape[0]
     out = x.new_empty(x.shape[0], features // 2 if silu else features) if residual is None else residual
     scratch = _scratch("linear", x.device, _ops.linear_scratch_bytes(features))
-    _ops.linear(out, x, weight, bias, norm_weight, residual, scratch, eps, silu)
+    _ops.linear(out, x, weight, bias, norm_weight, residual, scratch, eps, silu, *then)
     return out
 
 

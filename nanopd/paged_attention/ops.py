@@ -1,4 +1,4 @@
-"""The two operations the models call. Here is chosen what carries them out."""
+"""The operations the models call. Here is chosen what carries them out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from nanopd.paged_attention import cuda, reference
 from nanopd.paged_attention.batch import AttentionBatch
 
-__all__ = ["AttentionBatch", "paged_attention", "store_kv"]
+__all__ = ["AttentionBatch", "paged_attention", "plan_attention", "store_kv"]
 
 
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -20,6 +20,12 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     reference.store_kv(key, value, key_cache, value_cache, slot_mapping)
 
 
+def plan_attention(batch: AttentionBatch, key_cache: Tensor, heads: int) -> None:
+    """Once a step, before its first layer: split the decodes' work over the GPU, the same for all layers."""
+    if batch.num_decodes and batch.contexts is not None and cuda.supports_attention(key_cache):
+        batch.plan = cuda.plan_decode(batch.contexts[: batch.num_decodes], key_cache, heads)
+
+
 def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch,
                     scale: float) -> Tensor:
     """Causal attention of [T, heads, head_dim] queries over their rows' cached tokens; same shape back.
@@ -29,7 +35,7 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, batch
 
     On a GPU the rows at the front that decode go to one kernel and those after them to another.
     """
-    if not cuda.usable(query) or not cuda.supports_attention(query, key_cache) or batch.contexts is None:
+    if batch.contexts is None or not cuda.supports_attention(key_cache):
         return reference.paged_attention(query, key_cache, value_cache, batch, scale)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if batch.num_decodes:
@@ -42,11 +48,8 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, batch
 def _decode(output: Tensor, query: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch,
             scale: float) -> None:
     rows = slice(0, batch.num_decodes)
-    contexts = batch.contexts[rows]  # type: ignore[index]
-    if batch.plan is None:
-        batch.plan = cuda.plan_decode(contexts, key_cache, query.shape[1])
-    cuda.decode_attention(output[rows], query[rows], key_cache, value_cache, batch.block_tables[rows], contexts,
-                          batch.plan, scale)
+    cuda.decode_attention(output[rows], query[rows], key_cache, value_cache, batch.block_tables[rows],
+                          batch.contexts[rows], batch.plan, scale)  # type: ignore[index, arg-type]
 
 
 def _prefill(output: Tensor, query: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch,

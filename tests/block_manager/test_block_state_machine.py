@@ -380,7 +380,7 @@ class BlockMachine(RuleBasedStateMachine):
 
 EVERY_MOVE = {
     "allocate", "allocate refused", "hit", "serve", "step", "step with everybody", "preempt", "copy", "fork",
-    "free", "verify drafts", "rewind", "reset", "grant lease", "writer writes", "writer lets go", "cancel",
+    "free", "verify drafts", "verify drafts in a fork", "rewind", "reset", "grant lease", "writer writes", "writer lets go", "cancel",
     "adopt",
 }
 

@@ -46,8 +46,6 @@ def calls() -> None:
             prefills.prefill()
             prefills.naive()
         case = AttentionCase([(1, 40)] * 3, dtype=dtype)
-        cuda.merge_attention(case.out(), *[part for i in (0, 1) for part in (
-            case.query.contiguous(), normal(case.heads, case.num_tokens, seed=i))])
         qkv, weight = normal(3, 12 * 64, dtype=dtype), normal(64, dtype=dtype)
         rotation = normal(3, 64, dtype=dtype, seed=1), normal(3, 64, dtype=dtype, seed=2)
         cuda.rope_and_store(qkv, rotation, weight, weight, 1e-6, *case.cache, ints([0, -1, 7], torch.int64), 8)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 from nanopd.block_manager.manager import BlockSpaceManager
 from nanopd.config import CacheConfig, SchedulerConfig
-from nanopd.core import FinishReason, Phase, Request, RowResult, StepPlan, StepResult
+from nanopd.core import FinishReason, Phase, Request, RowResult, StepResult
 from nanopd.engine.engine import Engine
 from nanopd.engine.limits import Limits
 from nanopd.engine.scheduler import Scheduler
@@ -111,6 +111,7 @@ class NotedRow:
     """A row as it was when its step was handed over: the sequence goes on while the step runs."""
 
     def __init__(self, row):
+        self.row = row
         self.sequence = row.sequence
         self.token_ids = row.sequence.token_ids[: row.num_cached + row.num_new]
         self.num_cached = row.num_cached
@@ -123,7 +124,6 @@ class NotedRow:
 class Job:
     """A step that a runner has been given."""
 
-    plan: StepPlan
     copies: list
     rows: list[NotedRow]
     before: Job | None = None  # the step launched before it, whose draws its placeholders stand for
@@ -155,7 +155,7 @@ class FakeRunner:
         """All that the step needs to know, as it is now."""
         self.plans.append(plan)
         self._check_plan(plan)
-        return Job(plan, list(plan.copies), [NotedRow(row) for row in plan.rows])
+        return Job(list(plan.copies), [NotedRow(row) for row in plan.rows])
 
     def _run(self, job, on_layer=None):
         self._maybe_break("start")
@@ -166,7 +166,7 @@ class FakeRunner:
                 on_layer(layer)
             self._maybe_break("middle")
         self._maybe_break("end")
-        return StepResult([self._draw(row, of_row) for row, of_row in zip(job.plan.rows, keys, strict=True)])
+        return StepResult([self._draw(noted.row, of_row) for noted, of_row in zip(job.rows, keys, strict=True)])
 
     def _maybe_break(self, moment):
         if self.break_at == moment:
@@ -291,8 +291,9 @@ class LaunchingRunner(FakeRunner):
 
     def _check_placeholders(self, job):
         before = job.before
-        num_draws = sum(row.num_draws for row in before.plan.rows) if before else 0
-        for row, noted in zip(job.plan.rows, job.rows, strict=True):
+        num_draws = sum(noted.row.num_draws for noted in before.rows) if before else 0
+        for noted in job.rows:
+            row = noted.row
             unknown = [token for token in noted.token_ids if token < 0]
             self.counts["ahead"] += len(unknown)
             self._require(all(-1 - token < num_draws for token in unknown), f"{row.sequence} waits for a draw that nobody makes")
@@ -314,10 +315,10 @@ class LaunchingRunner(FakeRunner):
             row.checked = job is awaited and not row.sequence.finished
         job.before = None
         # What a device leaves where its draws should be, if the step breaks:
-        job.draws = [VOCAB] * sum(row.num_draws for row in job.plan.rows)
+        job.draws = [VOCAB] * sum(noted.row.num_draws for noted in job.rows)
         job.result = self._run(job, on_layer)
-        job.draws = [token for row, drawn in zip(job.plan.rows, job.result.rows, strict=True)
-                     for token in drawn.token_ids or [VOCAB] * row.num_draws]
+        job.draws = [token for noted, drawn in zip(job.rows, job.result.rows, strict=True)
+                     for token in drawn.token_ids or [VOCAB] * noted.row.num_draws]
 
 
 def make_engine(num_blocks=32, block_size=4, *, caching=True, watermark=0.0, max_num_seqs=8, budget=32, chunk=None,

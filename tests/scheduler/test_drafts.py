@@ -141,6 +141,28 @@ def test_drafts_live_in_blocks_of_their_own():
     assert_engine_is_empty(bench.engine)
 
 
+def test_what_wrong_drafts_took_is_free_again():
+    bench = Bench(drafts=9, wrong=1)
+    bench.add(6)
+    bench.step()
+    before = bench.manager.num_free_blocks
+    bench.step()
+    (sequence,) = bench.scheduler.find("a").live
+    assert len(bench.manager.block_table(sequence)) == bench.manager.blocks_needed(sequence.num_computed) == 2
+    assert bench.manager.num_free_blocks == before
+    bench.finish()
+
+
+def test_right_drafts_are_found_in_the_prefix_cache_at_once():
+    bench = Bench(drafts=9, caching=True)
+    bench.add(6, max_tokens=30)
+    for _ in range(2):
+        bench.step()
+    (sequence,) = bench.scheduler.find("a").live
+    assert sequence.num_computed == 16 and len(bench.manager.cached_prefix(sequence.token_ids)) == 4
+    bench.finish()
+
+
 def test_wrong_drafts_are_never_found_in_the_prefix_cache():
     bench = Bench(drafts=9, wrong=1, caching=True)
     request = bench.add(6, max_tokens=16)

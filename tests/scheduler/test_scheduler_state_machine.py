@@ -240,6 +240,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.every_token_is_known_between_steps()
         self.ledger.assert_every_answer_ended_once()
         self.ledger.assert_tokens_are_right()
+        assert all(error == "spoiled" or error.startswith("Breakdown") for error in self.ledger.errors.values()), self.ledger.errors
         moves["preempted"] += self.runner.counts["preemptions"]
         moves["copies"] += self.runner.counts["copies"]
         moves["drafts accepted"] += self.scheduler.drafts.accepted
