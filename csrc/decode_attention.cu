@@ -26,6 +26,8 @@
 // kernel before this one still runs. So that one must not have written them, and must wait for its own predecessors
 // before it lets the next start (rope_and_store, which writes the newest keys, values and the queries, does).
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 #include "common.cuh"
 
@@ -88,7 +90,8 @@ __device__ __forceinline__ int tiles_of(int context) { return max(1, ceil_div(co
 constexpr int plan_threads = 1024;
 
 // One block. Thread t has the rows [t * rows_each, (t + 1) * rows_each).
-__global__ void __launch_bounds__(plan_threads) split_rows(Plan plan, const int* context_lens, int num_rows, Geometry geometry) {
+__global__ void __launch_bounds__(plan_threads)
+split_rows(Plan plan, const int* context_lens, int num_rows, Geometry geometry) {
     __shared__ int warp_sums[plan_threads / warp_size];
     wait_for_previous();
     const int thread = threadIdx.x, lane = thread % warp_size, warp = thread / warp_size;
@@ -110,8 +113,8 @@ __global__ void __launch_bounds__(plan_threads) split_rows(Plan plan, const int*
         tiles += warp_sums[i];
     }
 
-    // A row's pieces are put together one after the other, a piece's tiles are read one after the other: where there are
-    // more blocks than work, as many of the ones as of the others is about the best.
+    // Where there are more blocks than work: pieces of a row are put together one after the other, tiles of a piece
+    // are read one after the other, and as many of the ones as of the others takes about the least time.
     const int least_tiles = sqrtf(float(tiles) / num_rows);
     const int share_tiles = max(ceil_div(tiles, geometry.blocks / geometry.virtual_heads), least_tiles);
     if (thread == 0) *plan.header = {tiles, share_tiles};
@@ -173,7 +176,7 @@ __device__ __forceinline__ uint32_t transpose(uint32_t matrix) {
 // c [16, 8] += a [16, 16] x b [16, 8]
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    if constexpr (sizeof(T) == 2 && std::is_same_v<T, __half>) {
+    if constexpr (std::is_same_v<T, __half>) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -265,8 +268,8 @@ struct Queries<float, max_dim, columns> {
 
 // output [dim, queries] += V^T x weights
 template <typename T, int max_dim, int columns>
-__device__ __forceinline__ void add_values(float (&output)[columns][max_dim / 16][4], const float (&weights)[columns][4],
-                                           const Tile<T, max_dim>& tile, int lane) {
+__device__ __forceinline__ void add_values(float (&output)[columns][max_dim / 16][4],
+                                           const float (&weights)[columns][4], const Tile<T, max_dim>& tile, int lane) {
     uint32_t w[columns][2];
 #pragma unroll
     for (int c = 0; c < columns; c++) {
@@ -283,8 +286,9 @@ __device__ __forceinline__ void add_values(float (&output)[columns][max_dim / 16
 }
 
 template <int max_dim, int columns>
-__device__ __forceinline__ void add_values(float (&output)[columns][max_dim / 16][4], const float (&weights)[columns][4],
-                                           const Tile<float, max_dim>& tile, int lane) {
+__device__ __forceinline__ void add_values(float (&output)[columns][max_dim / 16][4],
+                                           const float (&weights)[columns][4], const Tile<float, max_dim>& tile,
+                                           int lane) {
 #pragma unroll
     for (int token = 0; token < tile_tokens; token++) {
 #pragma unroll
@@ -379,7 +383,8 @@ struct Team {
     }
 
     // Zeros stand for what lies past the context or the head: whatever the cache holds there, 0 * NaN would be NaN.
-    __device__ void start_copy(Tile<T, max_dim>& tile, const Piece& piece, int index, int slot0, int slot1, uint64_t policy) const {
+    __device__ void start_copy(Tile<T, max_dim>& tile, const Piece& piece, int index, int slot0, int slot1,
+                               uint64_t policy) const {
         constexpr int row_packs = max_dim / Pack<T>::size;
         const int dim = arguments.cache.head_dim;
         const int num_tokens = piece.context - index * tile_tokens;
@@ -394,7 +399,8 @@ struct Team {
         }
     }
 
-    __device__ void attend_tile(const Tile<T, max_dim>& tile, const Queries<T, max_dim, columns>& queries, int num_tokens) {
+    __device__ void attend_tile(const Tile<T, max_dim>& tile, const Queries<T, max_dim, columns>& queries,
+                                int num_tokens) {
         float scores[columns][4] = {};
         queries.score(scores, tile, lane);
 #pragma unroll
@@ -431,7 +437,10 @@ struct Team {
             highest[c][0] = highest[c][1] = -INFINITY;
             total[c][0] = total[c][1] = 0.0f;
 #pragma unroll
-            for (int i = 0; i < fragments; i++) output[c][i][0] = output[c][i][1] = output[c][i][2] = output[c][i][3] = 0.0f;
+            for (int i = 0; i < fragments; i++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) output[c][i][e] = 0.0f;
+            }
         }
 
         Ring& ring = rings[warp];
@@ -449,7 +458,8 @@ struct Team {
                     next_slots = find_slots(piece, first + (loaded + batch) * warps);
                 }
                 if (first + loaded * warps == tiles_of(piece.context) - 1) wait_for_previous();  // for the newest token
-                const int slot0 = __shfl_sync(0xffffffffu, slots, 2 * i), slot1 = __shfl_sync(0xffffffffu, slots, 2 * i + 1);
+                const int slot0 = __shfl_sync(0xffffffffu, slots, 2 * i);
+                const int slot1 = __shfl_sync(0xffffffffu, slots, 2 * i + 1);
                 start_copy(ring[load_stage], piece, first + loaded * warps, slot0, slot1, policy);
                 loaded++;
                 load_stage = load_stage + 1 == stages ? 0 : load_stage + 1;
@@ -492,9 +502,11 @@ struct Team {
         }
     }
 
-    __device__ void write(const Piece& piece, int column, int fragment, const float4& result, const float4& sums) const {
+    __device__ void write(const Piece& piece, int column, int fragment, const float4& result,
+                          const float4& sums) const {
         const int dim = arguments.cache.head_dim;
-        const float inverse0 = sums.z > 0.0f ? 1.0f / sums.z : 0.0f, inverse1 = sums.w > 0.0f ? 1.0f / sums.w : 0.0f;
+        const float inverse0 = sums.z > 0.0f ? 1.0f / sums.z : 0.0f;
+        const float inverse1 = sums.w > 0.0f ? 1.0f / sums.w : 0.0f;
         const float values[4] = {result.x * inverse0, result.y * inverse1, result.z * inverse0, result.w * inverse1};
         T* out = static_cast<T*>(arguments.out) + (int64_t(piece.row) * arguments.rows.heads + first_head) * dim;
 #pragma unroll
@@ -505,7 +517,8 @@ struct Team {
     }
 
     // Puts partial results together, in `target` or, if there is none, as the output; each warp some of the fragments.
-    __device__ void combine(const Piece& piece, const Partials<PartialResult>& partials, PartialResult* target) const {
+    __device__ void combine(const Piece& piece, const Partials<PartialResult>& partials,
+                            PartialResult* target) const {
         constexpr int batch = 8;  // partial results asked for at once
 #pragma unroll 1
         for (int f = warp; f < columns * fragments; f += warps) {
@@ -529,7 +542,8 @@ struct Team {
                 result = {result.x * shrink0, result.y * shrink1, result.z * shrink0, result.w * shrink1};
 #pragma unroll
                 for (int i = 0; i < batch; i++) {
-                    const float w0 = power_of_two(sums[i].x - finite(top0)), w1 = power_of_two(sums[i].y - finite(top1));
+                    const float w0 = power_of_two(sums[i].x - finite(top0));
+                    const float w1 = power_of_two(sums[i].y - finite(top1));
                     all.z += w0 * sums[i].z, all.w += w1 * sums[i].w;
                     result.x += w0 * outputs[i].x, result.z += w0 * outputs[i].z;
                     result.y += w1 * outputs[i].y, result.w += w1 * outputs[i].w;
@@ -546,8 +560,8 @@ struct Team {
 
     // The block's partial results: one of the row with which its share begins, one of a row that begins within.
     __device__ PartialResult* place_of(int share, bool begins_within) const {
-        return static_cast<PartialResult*>(arguments.partials) +
-               int64_t(2 * share + begins_within) * arguments.virtual_heads + virtual_head;
+        const int64_t place = int64_t(2 * share + begins_within) * arguments.virtual_heads + virtual_head;
+        return static_cast<PartialResult*>(arguments.partials) + place;
     }
 
     // First the warps' results; then, if this block is the last to arrive at a split row, those of all its blocks.
@@ -557,21 +571,23 @@ struct Team {
         const bool begins_within = piece.row_tile % share_tiles != 0;
         keep(*reinterpret_cast<PartialResult*>(&rings[warp]));
         __syncthreads();
-        combine(piece, {reinterpret_cast<PartialResult*>(rings), reinterpret_cast<char*>(rings), sizeof(Ring), warps},
-                       others == 0 ? nullptr : place_of(share, share == first_share && begins_within));
+        combine(piece,
+                {reinterpret_cast<PartialResult*>(rings), reinterpret_cast<char*>(rings), sizeof(Ring), warps},
+                others == 0 ? nullptr : place_of(share, share == first_share && begins_within));
         if (others > 0) __threadfence();
         __syncthreads();
         if (others == 0) return;
 
         if (threadIdx.x == 0) {  // the counter wraps to zero, ready for the next layer
-            *message = atomicInc(&arguments.plan.arrivals[first_share * arguments.virtual_heads + virtual_head], others) == others;
+            unsigned* arrived = &arguments.plan.arrivals[first_share * arguments.virtual_heads + virtual_head];
+            *message = atomicInc(arrived, others) == others;
         }
         __syncthreads();
         if (!*message) return;
         __threadfence();
         const int64_t stride = 2 * arguments.virtual_heads * sizeof(PartialResult);
-        combine(piece, {place_of(first_share, begins_within),
-                reinterpret_cast<const char*>(place_of(first_share, false)), stride, int(others) + 1}, nullptr);
+        const char* all = reinterpret_cast<const char*>(place_of(first_share, false));
+        combine(piece, {place_of(first_share, begins_within), all, stride, int(others) + 1}, nullptr);
     }
 };
 
@@ -676,7 +692,8 @@ cudaError_t decode_attention(void* out, const void* query, const PagedCache& cac
                              void* scratch, cudaStream_t stream) {
     if (!supported(cache.block_size, rows.heads, cache.kv_heads, cache.head_dim)) return cudaErrorInvalidValue;
     if (rows.num_rows == 0) return cudaSuccess;
-    return dispatch_kernel(cache.dtype, cache.head_dim, rows.heads / cache.kv_heads, [&](auto element, auto max_dim, auto columns) {
+    const int group = rows.heads / cache.kv_heads;
+    return dispatch_kernel(cache.dtype, cache.head_dim, group, [&](auto element, auto max_dim, auto columns) {
         using T = decltype(element);
         using Kernel = Team<T, max_dim, columns>;
         const Geometry geometry = geometry_of<Kernel>(rows.heads, cache.kv_heads);

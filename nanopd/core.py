@@ -15,6 +15,7 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
+from typing import NamedTuple
 
 
 class InvalidRequest(ValueError):
@@ -437,8 +438,7 @@ class TokenEvent:
     time: float = field(default_factory=time.monotonic)
 
 
-@dataclass(frozen=True)
-class RowRecord:
+class RowRecord(NamedTuple):
     """A row of a step that has run, as the batch timeline shows it."""
 
     request_id: str

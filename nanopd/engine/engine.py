@@ -90,7 +90,8 @@ class Engine:
         self._record(step.plan, result)
         if self._ahead and all(row.sequence.finished for row in self._ahead.plan.rows):
             self._ahead = None  # nobody is left to take what it draws
-        return broken + [self._event(update) for update in updates]
+        now = time.monotonic()
+        return broken + [self._event(update, now) for update in updates]
 
     def _begin(self, plan: StepPlan | None) -> RunningStep | None:
         """Hand a plan to the runner. A runner that has no `launch` executes it as it is waited for."""
@@ -153,12 +154,12 @@ class Engine:
         return events
 
     @staticmethod
-    def _event(update: Update) -> TokenEvent:
+    def _event(update: Update, now: float) -> TokenEvent:
         sequence = update.sequence
         return TokenEvent(
             sequence.request_id, sequence.index, update.token_id, logprob=update.logprob,
             top_logprobs=update.top_logprobs or None, finish_reason=update.finish_reason,
-            stop_reason=update.stop_reason, time=time.monotonic())
+            stop_reason=update.stop_reason, time=now)
 
     def _record(self, plan: StepPlan, result: StepResult) -> None:
         rows = tuple(RowRecord(row.request.request_id, row.sequence.index, row.kind, row.num_new, row.num_cached)

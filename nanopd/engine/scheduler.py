@@ -21,7 +21,6 @@ from nanopd.block_manager.manager import BlockSpaceManager, Lease
 from nanopd.block_manager.pool import NoFreeBlocks
 from nanopd.config import SchedulerConfig
 from nanopd.core import (
-    FINISHED,
     FinishReason,
     Phase,
     PlanRow,
@@ -314,7 +313,7 @@ class Scheduler:
         draw = 0
         for row in plan.rows:
             sequence = row.sequence
-            if sequence.phase is not FINISHED:  # else it ended in the step before, or was cancelled: what it draws is for nobody
+            if sequence.phase is DECODE or sequence.phase is PREFILL:  # else it has ended: what it draws is for nobody
                 sequence.num_computed += row.num_new
                 if row.num_samples:
                     sequence.await_token(draw)

@@ -372,17 +372,17 @@ guess.reveal(launching_ms=36 * 20 * times.launch_us / 1e3, floor_ms=15.14e9 / de
 # %% [markdown] lang="en"
 # Left alone, the GPU would wait for the CPU. Three answers, which you find in the engine:
 #
-# - **Fuse.** Query and key norm, rope and the store into the cache are one kernel (`rope_and_store`); norms, SiLU and the
-#   residual additions join the matrix products.
+# - **Fuse.** Query and key norm, rope and the store into the cache are one kernel (`rope_and_store`); where tokens are
+#   few, norms, SiLU and the residual additions join the matrix products.
 # - **CUDA graphs.** The launches of a whole step are recorded once, for each size of batch, and replayed as one. The kernels
 #   read lengths and block tables from the GPU's memory, so the same graph serves the next step.
 # - **Programmatic dependent launch.** A kernel may start while the one before it is still ending: it fetches what nobody writes
 #   (its weights), then waits. The gap between two kernels is used instead of lost.
 
-# %% [markdown] lang="zh" en_hash="03e66fbc"
+# %% [markdown] lang="zh" en_hash="e0f86d6d"
 # 放着不管，就是 GPU 等 CPU。对策有三个，引擎里都能找到：
 #
-# - **融合。** 查询和键的归一化、旋转、写入缓存合成一个内核（`rope_and_store`）；归一化、SiLU 和残差加法并进矩阵乘。
+# - **融合。** 查询和键的归一化、旋转、写入缓存合成一个内核（`rope_and_store`）；token 少的时候，归一化、SiLU 和残差加法也都并进矩阵乘。
 # - **CUDA Graph。** 整步的启动序列按批大小各录一次，之后一次性重放。长度和块表由内核从显存里读，所以同一张图下一步还能用。
 # - **程序化依赖启动（PDL）。** 前一个内核还在收尾，后一个就可以先起来：先取谁也不会写的东西（权重），然后再等。
 #   两个内核之间的空隙，就从浪费变成了利用。
@@ -437,10 +437,11 @@ for row in chunks:
 widgets.Roofline(device.peak_flops, device.bandwidth, points)
 
 # %% [markdown] lang="en"
-# So prefill has a kernel of its own, whose whole concern is to keep the tensor cores fed, and there the vendor's libraries are
-# very good. Where a library's kernel fits (a long first chunk: its keys are the new tokens, contiguous, nothing paged) the
-# engine may take that one; it measures and shows its choice, rather than believing. A chunk behind a paged prefix goes
-# through the block table.
+# So prefill has a kernel of its own, whose whole concern is to keep the tensor cores fed. The vendor's library, cuDNN, is very good
+# at this on contiguous keys, and stands beside it above. The engine does not call it: a paged prefix would have to be copied
+# together first, and cuDNN plans anew for each length that it has not met, which takes far longer than the attention itself. For
+# matrix products of more than a few tokens the library **is** quicker, and there the engine does call it. Measure, choose, and
+# show the price: your own kernel is not better for being your own.
 #
 # ## 3.9 Break it
 #
@@ -449,9 +450,10 @@ widgets.Roofline(device.peak_flops, device.bandwidth, points)
 # warps add up a row's softmax denominator; each has one turn before the barrier and one after. **Without the barrier, in how
 # many of 200 random orders is the sum wrong?**
 
-# %% [markdown] lang="zh" en_hash="32ec8974"
-# 所以预填充另有一个内核，一门心思让 Tensor Core 别饿着；这恰恰是厂商的库最拿手的。用得上库的地方（很长的首个分块：键就是这些新 token，
-# 连续存放，不涉及分页），引擎可以直接用库的内核；它靠实测来选，选了哪个也会亮出来，而不是想当然。前面有分页前缀的分块，则老老实实走块表。
+# %% [markdown] lang="zh" en_hash="b9be7d5d"
+# 所以预填充另有一个内核，一门心思让 Tensor Core 别饿着。键若连续存放，厂商的库 cuDNN 做这件事非常拿手，上面就有它的时间作对照。
+# 引擎没有用它：分页的前缀得先拷到一起；而且每遇到一个没见过的长度，cuDNN 都要重新做计划，比注意力本身慢得多。
+# token 多过几个的矩阵乘，**确实**是库更快，那里引擎就用库。先测，再选，把代价亮出来：内核不会因为是自己写的就更好。
 #
 # ## 3.9 弄坏它
 #
