@@ -154,7 +154,8 @@ const void* optional_data(const std::optional<Tensor>& tensor, const char* name,
     return Argument(*tensor, name).on_device_of(other).type(other.tensor().scalar_type()).shape(shape).contiguous().data();
 }
 
-// The first `row_bytes` of each row of a weight, where one is given.
+// The first `row_bytes` of each row of a weight, where one is given. It is but a hint, and left out where the rows do not
+// begin at multiples of 16 bytes, which the instruction wants.
 Prefetch prefetch_of(const std::optional<Tensor>& then, int64_t row_bytes, const Argument& other) {
     if (!then) return {};
     const Argument weight(*then, "then");
@@ -162,6 +163,7 @@ Prefetch prefetch_of(const std::optional<Tensor>& then, int64_t row_bytes, const
     const int64_t stride = then->size(1) * static_cast<int64_t>(then->element_size());
     require(row_bytes > 0 && row_bytes % 16 == 0 && row_bytes <= stride, "then_row_bytes must be a multiple of 16 up to ", stride,
             ", but is ", row_bytes);
+    if (stride % 16 || reinterpret_cast<uintptr_t>(weight.data()) % 16) return {};
     return {weight.data(), then->size(0), row_bytes, stride};
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -25,6 +26,7 @@ from nanopd.paged_attention import cuda
 from nanopd.paged_attention.host import upload
 from nanopd.paged_attention.ops import AttentionBatch
 
+LIBRARIES = ("cublas", "cublaslt")
 STEPS_IN_FLIGHT = 3  # one runs, one waits behind it, one is being prepared
 
 
@@ -88,10 +90,14 @@ class CudaRunner(ModelRunner):
     # ------------------------------------------------------------------------------------------------- graphs
 
     def _record_graphs(self, max_num_seqs: int) -> None:
-        """Largest first: the smaller ones find room in the memory of those before them."""
+        """Largest first: the smaller ones find room in the memory of those before them.
+
+        Which of the GPU's matrix libraries is quicker depends on the size, so both are tried.
+        """
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(batch_sizes(max_num_seqs)):
-            self.graphs[size] = DecodeGraph.record(lambda size=size: self._decode(size), pool)
+            tried = [DecodeGraph.record(partial(self._decode, size), library, pool) for library in LIBRARIES]
+            self.graphs[size] = min(tried, key=DecodeGraph.measure)
         self._sizes = sorted(self.graphs)
 
     def _graph_for(self, plan: StepPlan) -> DecodeGraph | None:
@@ -132,18 +138,35 @@ class DecodeGraph:
     """A recorded decode step. A replay reads the runner's input buffers and overwrites `logits` and `draws`."""
 
     graph: torch.cuda.CUDAGraph
+    library: str  # for the matrix products that have no kernel of ours
     logits: Tensor
     draws: Draws
 
     @classmethod
-    def record(cls, step: Callable[[], tuple[Tensor, Draws]], pool: tuple[int, int]) -> DecodeGraph:
-        with torch.inference_mode():
-            step()  # libraries choose and allocate at their first call, which a recording must not contain
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits, draws = step()
-        return cls(graph, logits, draws)
+    def record(cls, step: Callable[[], tuple[Tensor, Draws]], library: str, pool: tuple[int, int]) -> DecodeGraph:
+        before = torch.backends.cuda.preferred_blas_library()
+        torch.backends.cuda.preferred_blas_library(library)
+        try:
+            with torch.inference_mode():
+                step()  # libraries choose and allocate at their first call, which a recording must not contain
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    logits, draws = step()
+        finally:
+            torch.backends.cuda.preferred_blas_library(before)
+        return cls(graph, library, logits, draws)
+
+    def measure(self, replays: int = 4) -> float:
+        """Milliseconds of a replay on inputs as recorded: rows of padding, which read all weights and no context."""
+        self.graph.replay()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(replays):
+            self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / replays
 
     @property
     def size(self) -> int:

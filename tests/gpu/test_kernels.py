@@ -56,7 +56,7 @@ def permutation(size: int, seed: int) -> Tensor:
 def assert_close(actual: Tensor, expected: Tensor, roundings: float = 2.0) -> None:
     """Within so many roundings of each element, or of a typical one where it is small."""
     assert not actual.isnan().any(), "an output was left NaN"
-    unit = EPSILON[actual.dtype] if actual.dtype in EPSILON else 1e-6
+    unit = EPSILON[actual.dtype]
     typical = expected.double().square().mean().sqrt().item() if expected.numel() else 0.0
     error = (actual.double() - expected.double()).abs() / (expected.double().abs() + typical + 1e-30)
     worst = error.max().item() if error.numel() else 0.0
@@ -196,6 +196,19 @@ def test_move_blocks(planes, blocks, block_size, kv_heads, head_dim, dtype, seed
     assert torch.equal(target[..., everything if target_ids is None else target_ids, :, :, :],
                        source[..., everything if source_ids is None else source_ids, :, :, :])
     assert target.isnan().sum() == 3 * source.numel() // blocks
+
+
+@pytest.mark.parametrize("columns", [4096, 1000, 100, 33])
+def test_a_prefetch_changes_no_result(columns) -> None:
+    x, weight = normal(3, 1024, dtype=torch.bfloat16), normal(2048, 1024, dtype=torch.bfloat16, seed=1)
+    next_weight = normal(777, columns, dtype=torch.bfloat16, seed=2)
+    then = next_weight, min(512, columns * 2 // 16 * 16)
+    assert torch.equal(cuda.rms_norm(x, weight[0], 1e-6, then), cuda.rms_norm(x, weight[0], 1e-6))
+    if cuda.linear_supports(x, weight):
+        assert torch.equal(cuda.linear(x, weight, then=then), cuda.linear(x, weight))
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="then_row_bytes must be a multiple of 16"):
+        cuda.rms_norm(x, weight[0], 1e-6, (next_weight, 24))
 
 
 def test_move_blocks_within_one_cache() -> None:
