@@ -115,8 +115,8 @@ cudaError_t greedy_sample(int64_t* token_ids, float* logprobs, bool* broken, con
         const auto kernel = packs ? greedy_sample_kernel<T, Pack<T>> : greedy_sample_kernel<T, Pack<T, 1>>;
         int cluster = compute_capability() >= 90 ? largest_cluster : 1;
         while (cluster > 1 && rows * cluster > 2 * multiprocessor_count()) cluster /= 2;
-        return launch_clusters(kernel, cluster, dim3(cluster, rows), threads, 0, stream, token_ids, logprobs, broken, static_cast<const T*>(logits),
-                      vocab);
+        return launch_clusters(kernel, cluster, dim3(cluster, rows), threads, 0, stream, token_ids, logprobs, broken,
+                               static_cast<const T*>(logits), vocab);
     });
 }
 

@@ -304,7 +304,6 @@ class BlockSpaceManager:
         self.pool.log("fork", other=sequence.seq_id, seq_id=fork.seq_id, detail=f"of sequence {sequence.seq_id}")
         for block_id in table.held:
             self.pool.share(block_id, fork.seq_id)
-        self._tables[sequence.seq_id].own_to = 0
         return self.append_slot(fork, num_new)
 
     def accept(self, sequence: Sequence, fork: Sequence, num_tokens: int) -> None:

@@ -29,9 +29,10 @@ def usable(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in DTYPES and load_kernels()
 
 
-def supports_attention(query: Tensor, key_cache: Tensor) -> bool:
-    head_dim, block_size = query.shape[-1], key_cache.shape[1]
-    return usable(query) and head_dim % 8 == 0 and head_dim <= 256 and block_size % 8 == 0
+def supports_attention(key_cache: Tensor) -> bool:
+    """Whether the attention kernels read such a cache."""
+    _, block_size, _, head_dim = key_cache.shape
+    return usable(key_cache) and head_dim % 8 == 0 and head_dim <= 256 and block_size % 8 == 0
 
 
 # ------------------------------------------------------------------------------------------- layers, sampling, blocks
