@@ -23,7 +23,7 @@ from nanopd.engine.runner import ModelRunner, drawing_tokens, positions, slots
 from nanopd.engine.sampler import Draws, draw, draw_greedily, is_greedy
 from nanopd.models.decoder import Decoder
 from nanopd.paged_attention import cuda
-from nanopd.paged_attention.host import upload
+from nanopd.paged_attention.host import pinned_bytes, upload
 from nanopd.paged_attention.ops import AttentionBatch
 
 LIBRARIES = ("cublas", "cublaslt")
@@ -185,7 +185,7 @@ class DecodeInputs:
         self._on_gpu = torch.zeros(28 * n, dtype=torch.uint8, device=device)
         self.token_ids, self.positions, self.slots, self.contexts = self._views(self._on_gpu)
         self.slots.fill_(-1)  # as recorded: nothing is stored and nothing is read
-        self._turns = [_Turn(torch.zeros(28 * n, dtype=torch.uint8, pin_memory=True)) for _ in range(STEPS_IN_FLIGHT)]
+        self._turns = [_Turn(pinned_bytes(28 * n)) for _ in range(STEPS_IN_FLIGHT)]
 
     def fill(self, rows: list[PlanRow], slots: list[int], size: int) -> None:
         """Set the inputs to a plan's decodes, and up to `size` to rows of padding."""

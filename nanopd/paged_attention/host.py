@@ -16,6 +16,11 @@ def upload(values: Sequence[int] | Sequence[float], device: torch.device, dtype:
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+def pinned_bytes(size: int) -> Tensor:
+    """Zeros, uint8 [size], from where a GPU copies on its own."""
+    return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+
+
 def download(tensor: Tensor) -> Tensor:
     """A copy in pinned memory: readable once the stream has come so far."""
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
