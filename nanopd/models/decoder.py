@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from nanopd.block_manager.cache import KVCache
 from nanopd.config import ModelSpec
 from nanopd.models.fused import embed, norm_linear
-from nanopd.models.layers import DecoderLayer, Embedding, Linear, RMSNorm
+from nanopd.models.layers import DecoderLayer
+from nanopd.models.parameters import Embedding, Linear, RMSNorm
 from nanopd.models.rope import RotaryEmbedding
 from nanopd.paged_attention.ops import AttentionBatch, plan_attention
 

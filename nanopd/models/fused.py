@@ -6,12 +6,11 @@ round less often. Which one runs depends on the tensors alone, so a decoder has 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanopd.models.parameters import Embedding, Linear, RMSNorm
 from nanopd.models.rope import RotaryEmbedding, apply_rotary
 from nanopd.paged_attention import cuda
 from nanopd.paged_attention.ops import store_kv
@@ -19,9 +18,6 @@ from nanopd.paged_attention.ops import store_kv
 FEW_TOKENS = 128  # up to here the time of a projection is the time to read its weights
 NORM_PREFETCH = 12 * 2**20  # bytes that memory delivers in the time of a norm and a launch
 LINEAR_PREFETCH = 36 * 2**20  # in the time of a rotation and an attention; must stay in L2 until they are over
-
-if TYPE_CHECKING:
-    from nanopd.models.layers import Embedding, Linear, RMSNorm
 
 
 def embed(token_ids: Tensor, positions: Tensor, last_drawn: Tensor | None, embedding: Embedding,

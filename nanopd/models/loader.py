@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanopd.config import ModelSpec
 from nanopd.models.decoder import Decoder
-from nanopd.models.layers import FusedLinear
+from nanopd.models.parameters import FusedLinear
 from nanopd.models.resolve import ModelError, resolve_model
 from nanopd.models.spec import DTYPES, load_spec, read_json
 

@@ -45,6 +45,11 @@ class KernelTimes:
         return t("times.data_sheet", device=self.device.name)
 
     @property
+    def conditions(self) -> list[str]:
+        """What a recorded run says of itself, such as which version of the kernels it measured."""
+        return self.report.notes if self.report else []
+
+    @property
     def recorded(self) -> list[Measurement]:
         """Decode attention as recorded elsewhere; empty on a machine that can measure."""
         rows = [row for row in self.report.rows if row["op"] == "decode_attention"] if self.report else []

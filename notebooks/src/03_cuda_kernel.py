@@ -32,7 +32,7 @@ from nanopd.workbook import race
 
 times = widgets.KernelTimes()
 device = times.device
-print(times.source)
+print(times.source, *times.conditions, sep="\n- ")
 print(f"{device.num_sms} SMs, {device.bandwidth / 1e9:,.0f} GB/s, {device.peak_flops / 1e12:,.0f} TFLOP/s")
 
 # %% [markdown] lang="en"
@@ -438,10 +438,11 @@ widgets.Roofline(device.peak_flops, device.bandwidth, points)
 
 # %% [markdown] lang="en"
 # So prefill has a kernel of its own, whose whole concern is to keep the tensor cores fed. The vendor's library, cuDNN, is very good
-# at this on contiguous keys, and stands beside it above. The engine does not call it: a paged prefix would have to be copied
-# together first, and cuDNN plans anew for each length that it has not met, which takes far longer than the attention itself. For
-# matrix products of more than a few tokens the library **is** quicker, and there the engine does call it. Measure, choose, and
-# show the price: your own kernel is not better for being your own.
+# at this on contiguous keys, and stands beside it above. (A recorded run says under its badge which version of our kernels it is
+# of.) Where the library is quicker, why does the engine not call it? A paged prefix would have to be copied together first, and
+# cuDNN plans anew for each length that it has not met, which takes far longer than the attention itself. For matrix products of
+# more than a few tokens the library is quicker without such a price, and there the engine does call it. Measure, choose, and say
+# what it costs: your own kernel is not better for being your own.
 #
 # ## 3.9 Break it
 #
@@ -450,10 +451,11 @@ widgets.Roofline(device.peak_flops, device.bandwidth, points)
 # warps add up a row's softmax denominator; each has one turn before the barrier and one after. **Without the barrier, in how
 # many of 200 random orders is the sum wrong?**
 
-# %% [markdown] lang="zh" en_hash="b9be7d5d"
+# %% [markdown] lang="zh" en_hash="8b1d054d"
 # 所以预填充另有一个内核，一门心思让 Tensor Core 别饿着。键若连续存放，厂商的库 cuDNN 做这件事非常拿手，上面就有它的时间作对照。
-# 引擎没有用它：分页的前缀得先拷到一起；而且每遇到一个没见过的长度，cuDNN 都要重新做计划，比注意力本身慢得多。
-# token 多过几个的矩阵乘，**确实**是库更快，那里引擎就用库。先测，再选，把代价亮出来：内核不会因为是自己写的就更好。
+# （录得的数据会在开头注明，测的是我们内核的哪个版本。）库更快的时候，引擎为什么不用它？分页的前缀得先拷到一起；
+# 而且每遇到一个没见过的长度，cuDNN 都要重新做计划，比注意力本身慢得多。token 多过几个的矩阵乘，库更快，又没有这些代价，那里引擎就用库。
+# 先测，再选，把代价说清楚：内核不会因为是自己写的就更好。
 #
 # ## 3.9 弄坏它
 #

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanopd.models.fused import rms_norm
-from nanopd.models.layers import FusedLinear, RMSNorm
+from nanopd.models.parameters import FusedLinear, RMSNorm
 from nanopd.models.rope import apply_rotary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

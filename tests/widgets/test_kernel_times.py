@@ -20,7 +20,7 @@ ROWS = [
     {"op": "linear_chain", "tokens": 1, "kernel": "nanopd", "us": 9.0},
 ]
 REPORT = Report("kernels", "2026-01-01T00:00:00+00:00", "nanopd bench kernels", "abcdef0123", False,
-                {"kind": "cuda", "name": "Some GPU", "multiprocessors": 100}, {}, CEILINGS, ROWS)
+                {"kind": "cuda", "name": "Some GPU", "multiprocessors": 100}, {}, CEILINGS, ROWS, notes=["warm"])
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def test_recorded_times_bring_their_device_and_badge():
     times = KernelTimes()
     assert not times.live and times.source == "recorded on Some GPU, 2026-01-01, commit abcdef0"
     assert (times.device.num_sms, times.device.bandwidth, times.device.peak_flops) == (100, 4e12, 8e14)
-    assert times.launch_us == 5
+    assert times.launch_us == 5 and times.conditions == ["warm"]
     shape = Shape(64, 1024)
     assert times.seconds("split_kv", shape) == pytest.approx(1e-4)
     assert times.percent("split_kv", shape) == pytest.approx(100 * shape.kv_bytes / 1e-4 / 4e12)
@@ -64,7 +64,8 @@ def test_where_nothing_was_recorded_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(kernel_times, "_recorded", lambda bench: None)
     times = KernelTimes()
     assert times.device == DATA_SHEET and "no recorded run" in times.source and "data sheet" in times.source
-    assert times.percent("naive", Shape()) == "no figure" and times.prefill_rows() == [] and times.recorded == []
+    assert times.percent("naive", Shape()) == "no figure"
+    assert times.prefill_rows() == times.recorded == times.conditions == []
     times.table("naive", [1], [1024])
     assert show_recorded("decode", ["ms"]) == []
     assert "no recorded run of `nanopd bench decode`" in capsys.readouterr().out
