@@ -141,8 +141,8 @@ guess = nanopd.predict("03.3", megabytes_asked_for=..., percent_of_bandwidth=...
 
 # %%
 naive = estimate(shape, device, "naive")
-guess.reveal(megabytes_asked_for=naive.moved / 1e6, percent_of_bandwidth=times.percent("naive", shape))
 times.table("naive", [1, 16, 64], [1024, 4096])
+guess.reveal(megabytes_asked_for=naive.moved / 1e6, percent_of_bandwidth=times.percent("naive", shape))
 
 # %% [markdown] lang="en"
 # It asks for every key **four times**, once for each query head of the group. The cache (L2) catches many of the repeats, but
