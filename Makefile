@@ -22,7 +22,7 @@ help:
 	@echo "make demo       install nanoPD into $(VENV) and run the embedded model through both pipelines"
 	@echo "make lab        open the workbook in JupyterLab (BOOK=en or BOOK=zh)"
 	@echo "make test       ruff, the notebook builder's check, and the test suite"
-	@echo "make test-gpu   the GPU tests and all chapters, on a machine with a CUDA device"
+	@echo "make test-gpu   the GPU tests, the sanitizer and all chapters, on a machine with a CUDA device"
 	@echo "make notebooks  write notebooks/en and notebooks/zh from notebooks/src"
 	@echo "make lint       ruff alone"
 	@echo "make clean      remove caches and build output;  make distclean removes $(VENV) too"
@@ -97,6 +97,7 @@ test: $(VENV)/.ready-test lint check-notebooks chromium-note
 # Everything that a machine with a GPU can tell beyond `make test`: the engine's GPU tests, and every chapter on the GPU.
 test-gpu: $(VENV)/.ready-test
 	@$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+	@$(BIN)/python tests/gpu/sanitize.py
 	@$(BIN)/python -m pytest tests/workbook/test_notebooks.py $(ARGS)
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -54,6 +55,8 @@ def errors_of_a_learner(notebook: nbformat.NotebookNode) -> list[str]:
 @pytest.mark.parametrize("lang", ["en", "zh"])
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_the_solution_runs_in_full(chapter, lang):
+    if chapter.startswith("03") and not any(map(shutil.which, ["nvcc", "c++", "g++", "clang++"])):
+        pytest.skip("exercise 3.5b is compiled, and there is no compiler here (Debian: apt-get install g++)")
     execute(builder.NOTEBOOKS / "solutions" / lang / f"{chapter}.ipynb", allow_errors=False)
 
 
