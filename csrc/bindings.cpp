@@ -472,9 +472,9 @@ void prefill_attention_op(const Tensor& out, const Tensor& query, const Tensor& 
 // ---------------------------------------------------------------------------------------------------------- linear
 
 void linear_op(const Tensor& out_, const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& residual, const Tensor& scratch_,
+               const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& residual,
                double eps, bool silu, const std::optional<Tensor>& then, int64_t then_row_bytes) {
-    const Argument out(out_, "out"), x(x_, "x"), weight(weight_, "weight"), scratch(scratch_, "scratch");
+    const Argument out(out_, "out"), x(x_, "x"), weight(weight_, "weight");
     x.on_cuda().contiguous().require_dim(2);
     weight.on_device_of(x).type(x_.scalar_type()).shape({any, x.size(1)}).contiguous();
     const DType dtype = x.dtype();
@@ -482,11 +482,10 @@ void linear_op(const Tensor& out_, const Tensor& x_, const Tensor& weight_, cons
     require(!silu || out_features % 2 == 0, "weight must have an even number of rows for silu, but has ", out_features);
     const int columns = silu ? out_features / 2 : out_features;
     out.on_device_of(x).type(x_.scalar_type()).shape({tokens, columns}).contiguous();
-    scratch.on_device_of(x).contiguous().holds(linear_scratch_bytes(out_features));
     const LinearArguments arguments{out.data(), x.data(), weight.data(),
                                     optional_data(bias, "bias", x, {out_features}),
                                     optional_data(norm_weight, "norm_weight", x, {in_features}),
-                                    optional_data(residual, "residual", x, {tokens, columns}), scratch.data(),
+                                    optional_data(residual, "residual", x, {tokens, columns}),
                                     static_cast<float>(eps), tokens, in_features, out_features, silu, dtype,
                                     prefetch_of(then, then_row_bytes, x)};
     if (tokens == 0) return;
@@ -504,10 +503,6 @@ int64_t decode_plan_bytes_op(int64_t num_rows) { return decode_plan_bytes(positi
 
 int64_t decode_scratch_bytes_op(int64_t num_rows, int64_t heads, int64_t head_dim) {
     return decode_scratch_bytes(positive(num_rows, "num_rows"), positive(heads, "heads"), positive(head_dim, "head_dim"));
-}
-
-int64_t linear_scratch_bytes_op(int64_t max_out_features) {
-    return linear_scratch_bytes(positive(max_out_features, "max_out_features"));
 }
 
 }  // namespace
@@ -530,11 +525,10 @@ STABLE_TORCH_LIBRARY(nanopd, m) {
     m.def("prefill_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, "
           "Tensor query_starts, Tensor context_lens, int max_query_len, float scale) -> ()");
     m.def("linear(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? residual, "
-          "Tensor(b!) scratch, float eps, bool silu, Tensor? then=None, int then_row_bytes=0) -> ()");
+          "float eps, bool silu, Tensor? then=None, int then_row_bytes=0) -> ()");
     m.def("linear_supports(Tensor x, int out_features, bool silu) -> bool");
     m.def("decode_plan_bytes(int num_rows) -> int");
     m.def("decode_scratch_bytes(int num_rows, int heads, int head_dim) -> int");
-    m.def("linear_scratch_bytes(int max_out_features) -> int");
 }
 
 // For every device, so that tensors on the wrong one are refused in our words.
@@ -553,5 +547,4 @@ STABLE_TORCH_LIBRARY_IMPL(nanopd, CompositeExplicitAutograd, m) {
     m.impl("linear_supports", TORCH_BOX(&linear_supports_op));
     m.impl("decode_plan_bytes", TORCH_BOX(&decode_plan_bytes_op));
     m.impl("decode_scratch_bytes", TORCH_BOX(&decode_scratch_bytes_op));
-    m.impl("linear_scratch_bytes", TORCH_BOX(&linear_scratch_bytes_op));
 }

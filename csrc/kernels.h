@@ -147,7 +147,6 @@ struct LinearArguments {
     const void* bias;         // or null
     const void* norm_weight;  // or null
     const void* residual;     // or null
-    void* scratch;            // linear_scratch_bytes; zero at first use, and left zero by every call
     float eps;
     int tokens;
     int in_features;
@@ -157,7 +156,6 @@ struct LinearArguments {
     Prefetch then;  // what the linear after next reads: the next one's weights are fetched by itself
 };
 bool linear_supports(int tokens, int in_features, int out_features, bool silu, DType dtype);
-int64_t linear_scratch_bytes(int max_out_features);
 cudaError_t linear(const LinearArguments& arguments, cudaStream_t stream);
 
 }  // namespace nanopd

@@ -229,8 +229,6 @@ bool linear_supports(int tokens, int in_features, int out_features, bool silu, D
     return shape && dtype != DType::f32 && tokens <= (compute_capability() >= 90 ? 1 : 2) * kTileTokens;
 }
 
-int64_t linear_scratch_bytes(int) { return 0; }
-
 cudaError_t linear(const LinearArguments& arguments, cudaStream_t stream) {
     if (!linear_supports(arguments.tokens, arguments.in_features, arguments.out_features, arguments.silu,
                          arguments.dtype))

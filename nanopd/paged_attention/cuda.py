@@ -126,7 +126,7 @@ def decode_attention(out: Tensor, query: Tensor, key_cache: Tensor, value_cache:
     if DEBUG:
         _check_rows(key_cache, block_tables, contexts)
     rows, heads, head_dim = query.shape
-    scratch = _scratch("decode", query.device, _ops.decode_scratch_bytes(rows, heads, head_dim))
+    scratch = _scratch(query.device, _ops.decode_scratch_bytes(rows, heads, head_dim))
     _ops.decode_attention(out, query, key_cache, value_cache, block_tables, contexts, plan, scratch, scale)
 
 
@@ -155,23 +155,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm_weight
     """
     features = weight.shape[0]
     out = x.new_empty(x.shape[0], features // 2 if silu else features) if residual is None else residual
-    scratch = _scratch("linear", x.device, _ops.linear_scratch_bytes(features))
-    _ops.linear(out, x, weight, bias, norm_weight, residual, scratch, eps, silu, *then)
+    _ops.linear(out, x, weight, bias, norm_weight, residual, eps, silu, *then)
     return out
 
 
 # ----------------------------------------------------------------------------------------------------------- scratch
 
-_scratches: dict[tuple[str, torch.device], list[Tensor]] = {}
+_scratches: dict[torch.device, list[Tensor]] = {}
 
 
-def _scratch(user: str, device: torch.device, size: int) -> Tensor:
-    """Bytes that start as zeros. The last buffer is the current one; the outgrown are kept, for graphs use them."""
-    buffers = _scratches.setdefault((user, device), [])
+def _scratch(device: torch.device, size: int) -> Tensor:
+    """Bytes for partial results. The last buffer is the current one; the outgrown are kept, for graphs use them."""
+    buffers = _scratches.setdefault(device, [])
     if not buffers or buffers[-1].numel() < size:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"scratch memory of {user} can't grow during a capture: run the same shapes once before")
-        buffers.append(torch.zeros(size, dtype=torch.uint8, device=device))
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("scratch memory can't grow during a capture: run the same shapes once before")
+        buffers.append(torch.empty(size, dtype=torch.uint8, device=device))
     return buffers[-1]
 
 

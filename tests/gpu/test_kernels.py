@@ -431,7 +431,7 @@ def test_linear(tokens, in_features, out_features, dtype, seed, bias, norm, resi
         gate, up = expected.chunk(2, dim=-1)
         expected = torch.nn.functional.silu(gate) * up
     expected = expected + added.double() if residual else expected
-    for _ in range(2):  # the second call finds the scratch as the first has left it
+    for _ in range(2):
         target = added.clone() if residual else None
         out = cuda.linear(x, weight, biases, norm_weight=norms, eps=1e-6, residual=target, silu=silu)
         assert_close(out, expected, 4)

@@ -193,7 +193,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch, compiler, tmp_path):
 
 def test_cpu_tensors_take_the_reference_path():
     assert not cuda.usable(torch.zeros(1))
-    assert not cuda.supports_attention(torch.zeros(1, 4, 64), torch.zeros(1, 16, 4, 64))
+    assert not cuda.supports_attention(torch.zeros(1, 16, 4, 64))
 
 
 def test_targets_are_those_of_the_gpus(monkeypatch):

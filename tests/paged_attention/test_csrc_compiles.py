@@ -67,6 +67,7 @@ def test_the_decode_kernel_s_main_instances_do_not_spill(compiled, arch):
 
 
 def test_the_library_loads_on_any_torch_and_refuses_cpu_tensors_in_words(compiled, tmp_path):
+    """Every function of cuda.py is called, so that its arguments and the operator's cannot drift apart unseen."""
     library = tmp_path / "kernels.so"
     objects = [str(result.object) for result in compiled.values()]
     subprocess.run([build.find_nvcc(), "-shared", "-cudart", "static", *objects, "-o", str(library), *build.link_flags()],
@@ -75,11 +76,22 @@ def test_the_library_loads_on_any_torch_and_refuses_cpu_tensors_in_words(compile
         import torch
         torch.ops.load_library({str(library)!r})
         from nanopd.paged_attention import cuda
-        torch.ops.nanopd.decode_plan_bytes(4)
+        cuda.usable = lambda x: True
+        cuda._scratch = lambda device, size: torch.empty(size, dtype=torch.uint8)  # asks whether a graph is recorded
         x = torch.ones(2, 8)
-        cache = torch.ones(4, 8, 1, 32)
-        for call in (lambda: cuda.rms_norm(x, x[0], 1e-6), lambda: cuda.silu_and_mul(x), lambda: cuda.greedy_sample(x),
-                     lambda: cuda.linear(x, x), lambda: cuda.move_blocks(cache, None, cache, None)):
+        cache, query, qkv, turn = torch.ones(4, 8, 1, 32), torch.ones(2, 1, 32), torch.ones(2, 96), torch.ones(2, 32)
+        ids, ints = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int32)
+        tables, starts, plan = ints[:, None], torch.arange(3, dtype=torch.int32), torch.zeros(99, dtype=torch.uint8)
+        for call in (
+            lambda: cuda.rms_norm(x, x[0], 1e-6), lambda: cuda.silu_and_mul(x), lambda: cuda.greedy_sample(x),
+            lambda: cuda.linear(x, x), lambda: cuda.linear_supports(x, x, True), lambda: cuda.move_blocks(cache, None, cache, None),
+            lambda: cuda.embed(ids, ids, ids, x, (turn, turn)),
+            lambda: cuda.rope_and_store(qkv, (turn, turn), None, None, 0.0, cache, cache, ids, 1),
+            lambda: cuda.plan_decode(ints, cache, 1),
+            lambda: cuda.naive_attention(query, query, cache, cache, tables, starts, ints, 1.0),
+            lambda: cuda.decode_attention(query, query, cache, cache, tables, ints, plan, 1.0),
+            lambda: cuda.prefill_attention(query, query, cache, cache, tables, starts, ints, 1, 1.0),
+        ):
             try:
                 call()
             except RuntimeError as error:
@@ -91,6 +103,7 @@ def test_the_library_loads_on_any_torch_and_refuses_cpu_tensors_in_words(compile
                          check=False)
     assert ran.returncode == 0, ran.stderr
     *refusals, count = ran.stdout.splitlines()
-    assert [line.split(" must be on a CUDA device")[0] for line in refusals] == ["x", "gate_up", "logits", "x", "target"]
+    assert [line.split(" must be on a CUDA device")[0] for line in refusals] == [
+        "x", "gate_up", "logits", "x", "x", "target", "weight", "key_cache", "context_lens", *["key_cache"] * 3]
     bindings = next(path for path in SOURCES if path.name == "bindings.cpp").read_text()
     assert int(count) == bindings.count("m.def(") == bindings.count("m.impl(")
