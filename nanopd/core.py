@@ -296,14 +296,15 @@ class SequenceGroup:
         self.sequences = [Sequence(request.prompt_token_ids, request_id=request.request_id)]
 
     @classmethod
-    def resume(cls, request: Request, first_tokens: list[tuple[int, int, float]]) -> SequenceGroup:
-        """A request whose prompt was computed elsewhere. `first_tokens`: (answer, token id, logprob) of each answer
-        that goes on."""
+    def resume(cls, request: Request, written: list[tuple[int, list[int], list[float]]]) -> SequenceGroup:
+        """A request that was begun elsewhere. `written`: (answer, its token ids, their logprobs) of each answer that
+        goes on."""
         group = cls(request)
         group.sequences = []
-        for index, token_id, logprob in first_tokens:
+        for index, token_ids, logprobs in written:
             sequence = Sequence(request.prompt_token_ids, request_id=request.request_id, index=index)
-            sequence.append_token(token_id, logprob)
+            sequence.token_ids += token_ids
+            sequence.logprobs += logprobs
             group.sequences.append(sequence)
         return group
 
@@ -449,10 +450,25 @@ class RowRecord(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TransferRecord:
+    """A prompt's KV that has travelled to another worker. Times in seconds, monotonic clock."""
+
+    request_id: str
+    destination: str  # worker id
+    transport: str
+    num_tokens: int  # sent; less than the prompt has where the destination held the rest
+    num_bytes: int
+    start: float  # when the first blocks were handed to the transport
+    computed: float  # when the prompt's last step had ended
+    end: float  # when all had arrived
+
+
+@dataclass(frozen=True)
 class StepRecord:
-    """A step that has run. `duration` in seconds."""
+    """A step that has run. `start` on the monotonic clock, `duration`, both in seconds."""
 
     step: int
+    start: float
     rows: tuple[RowRecord, ...]
     preempted: tuple[str, ...]
     num_waiting: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nanopd.core import FinishReason, Request, TokenEvent
+from nanopd.core import FinishReason, Request, StepRecord, TokenEvent, TransferRecord
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Destination:
 
 
 @dataclass(frozen=True)
-class FirstToken:
-    """What the prefill worker drew for one answer, or for one beam (whose `index` means nothing yet)."""
+class Written:
+    """What has been written of one answer, or of one beam (whose `index` means nothing yet)."""
 
     index: int
-    token_id: int
-    logprob: float
+    token_ids: list[int]
+    logprobs: list[float]
     finish_reason: FinishReason | None = None
 
 
@@ -35,9 +35,10 @@ class FirstToken:
 
 @dataclass(frozen=True)
 class Serve:
-    """Do the whole request (collocated)."""
+    """Do the whole request (collocated), or the rest of one of which something is written already."""
 
     request: Request
+    written: list[Written] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,15 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Resume:
-    """The KV is in the lease's blocks: decode from the first tokens on."""
+    """The prompt's KV is in the lease's blocks: decode from what is written on.
+
+    With a `checksum` the worker looks first whether it is; answers Corrupted if not.
+    """
 
     request: Request
     lease_id: int
-    first_tokens: list[FirstToken]
+    written: list[Written]
+    checksum: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,28 @@ class Cancel:
 
     request_id: str
     index: int | None = None
+
+
+@dataclass(frozen=True)
+class SetRole:
+    """The worker has another role from now on."""
+
+    role: str
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Answer Pong: so that a worker that hangs is found out."""
+
+
+@dataclass(frozen=True)
+class AskStatus:
+    """Answer with a Status."""
+
+
+@dataclass(frozen=True)
+class AskHistory:
+    """Answer with a History."""
 
 
 # ----------------------------------------------------------------------------------- from a worker
@@ -111,7 +138,8 @@ class Prefilled:
 
     request_id: str
     destination: Destination
-    first_tokens: list[FirstToken] = field(default_factory=list)
+    written: list[Written] = field(default_factory=list)
+    checksum: int | None = None  # of the KV as it is here, where the cluster asks for one
 
 
 @dataclass(frozen=True)
@@ -122,5 +150,56 @@ class WriteEnded:
     destination: Destination
 
 
-ToWorker = Serve | Reserve | Prefill | Resume | ReleaseLease | Cancel
-FromWorker = Tokens | Granted | Refused | Prefilled | WriteEnded
+@dataclass(frozen=True)
+class TransferFailed:
+    """The prompt's KV can't be brought to its destination. The request has ended here, and nobody writes to the lease."""
+
+    request_id: str
+    destination: Destination
+    error: str
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """What arrived is not what was sent: the request was not resumed, and its lease is given back."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Pong:
+    """The worker is alive."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a worker is doing."""
+
+    role: str
+    pid: int
+    num_blocks: int
+    num_free_blocks: int
+    num_waiting: int
+    num_running: int
+    num_leases: int
+    num_transfers: int
+
+
+@dataclass(frozen=True)
+class History:
+    """What a worker has done lately, oldest first: its engine's steps, and the transfers that left it."""
+
+    steps: list[StepRecord]
+    transfers: list[TransferRecord]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The worker is gone, with all that it held. Said by the executor, once."""
+
+    reason: str
+
+
+ToWorker = Serve | Reserve | Prefill | Resume | ReleaseLease | Cancel | SetRole | Ping | AskStatus | AskHistory
+FromWorker = (Tokens | Granted | Refused | Prefilled | WriteEnded | TransferFailed | Corrupted | Pong | Status | History
+              | Lost)

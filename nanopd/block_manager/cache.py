@@ -29,6 +29,10 @@ class KVCache:
         self.data = torch.empty(shape, device=device, dtype=dtype)
 
     @property
+    def num_layers(self) -> int:
+        return self.data.shape[0]
+
+    @property
     def bytes_per_block(self) -> int:
         """Bytes of one block over all layers, keys and values."""
         return self.data.nbytes // self.num_blocks
@@ -49,6 +53,15 @@ class KVCache:
             cuda.move_blocks(self.data, destinations, self.data, sources)
         else:
             self.data.index_copy_(2, destinations, self.data.index_select(2, sources))
+
+    def copy_to(self, other: KVCache, layers: range, source_blocks: Sequence[int], destination_blocks: Sequence[int]) -> None:
+        """Copy blocks of some layers into another cache of the same shape per block, which the device can address."""
+        source, target = (cache.data[layers.start : layers.stop] for cache in (self, other))
+        sources = self._index(source_blocks)
+        if cuda.usable(self.data) and cuda.usable(other.data):
+            cuda.move_blocks(target, self._index(destination_blocks), source, sources)
+        else:
+            target.index_copy_(2, other._index(destination_blocks), source.index_select(2, sources).to(target.device))
 
     def gather(self, layer: int, block_ids: Sequence[int] | Tensor) -> Tensor:
         """A copy of n blocks of one layer: [2, n, block_size, kv_heads, head_dim]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -48,11 +49,12 @@ class RunningStep:
 class Engine:
     """Serves requests in continuous batches on one device.
 
-    `layer_hook(plan, layer)` is called as each layer of a step has been stored: a transfer starts from there.
+    `layer_hook(plan)` gives what is to be called as each layer of the step has been stored, for a transfer to start
+    from there, or None.
     """
 
     def __init__(self, runner: Runner, scheduler: Scheduler, limits: Limits,
-                 layer_hook: Callable[[StepPlan, int], None] | None = None) -> None:
+                 layer_hook: Callable[[StepPlan], OnLayer | None] | None = None) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.limits = limits
@@ -60,13 +62,18 @@ class Engine:
         self.history: deque[StepRecord] = deque(maxlen=STEPS_KEPT)
         self.num_steps = 0
         self._ahead: RunningStep | None = None  # begun before the result of the step before it was known
+        self._abandoned: RunningStep | None = None  # begun like that, and nobody is left to take what it draws
 
     def add(self, request: Request, *, handoff: bool = False) -> None:
         """Queue a request. Raises InvalidRequest if this engine could never serve it."""
-        self.limits.check(request)
-        if self.scheduler.find(request.request_id) is not None:
-            raise ValueError(f"request {request.request_id!r} is being served already")
-        self.scheduler.add(SequenceGroup(request, handoff=handoff))
+        self.add_group(SequenceGroup(request, handoff=handoff))
+
+    def add_group(self, group: SequenceGroup) -> None:
+        """Queue a request of which something may be written already: that is recomputed, and the answers go on."""
+        self.limits.check(group.request)
+        if self.scheduler.find(group.request_id) is not None:
+            raise ValueError(f"request {group.request_id!r} is being served already")
+        self.scheduler.add(group)
 
     def step(self) -> list[TokenEvent]:
         """Run one step. Returns the tokens drawn in it; none if there was nothing that could run.
@@ -87,10 +94,10 @@ class Engine:
             raise
         broken = self._fail_broken_rows(step.plan, result)
         updates = self.scheduler.commit(step.plan, result)
-        self._record(step.plan, result)
-        if self._ahead and all(row.sequence.finished for row in self._ahead.plan.rows):
-            self._ahead = None  # nobody is left to take what it draws
         now = time.monotonic()
+        self._record(step.plan, result, now)
+        if self._ahead and all(row.sequence.finished for row in self._ahead.plan.rows):
+            self._abandoned, self._ahead = self._ahead, None
         return broken + [self._event(update, now) for update in updates]
 
     def _begin(self, plan: StepPlan | None) -> RunningStep | None:
@@ -113,6 +120,16 @@ class Engine:
             if running is not None:
                 self.scheduler.withdraw(running.plan)
         self._ahead = None
+
+    def quiesce(self) -> None:
+        """Wait for an abandoned step: it still writes to blocks that are free by now.
+
+        On this device whatever is queued later runs later. Before such blocks go to another one, call this.
+        """
+        step, self._abandoned = self._abandoned, None
+        if step is not None:
+            with suppress(Exception):  # its requests have ended: nobody is interested
+                step.wait()
 
     @property
     def has_work(self) -> bool:
@@ -138,8 +155,7 @@ class Engine:
         return [TokenEvent(request_id, i, finish_reason=reason, error=error) for i in ended]
 
     def _on_layer(self, plan: StepPlan) -> OnLayer | None:
-        hook = self.layer_hook
-        return None if hook is None else lambda layer: hook(plan, layer)
+        return None if self.layer_hook is None else self.layer_hook(plan)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[TokenEvent]:
         message = f"{type(error).__name__}: {error}"
@@ -161,11 +177,11 @@ class Engine:
             top_logprobs=update.top_logprobs or None, finish_reason=update.finish_reason,
             stop_reason=update.stop_reason, time=now)
 
-    def _record(self, plan: StepPlan, result: StepResult) -> None:
+    def _record(self, plan: StepPlan, result: StepResult, end: float) -> None:
         rows = tuple(RowRecord(row.request.request_id, row.sequence.index, row.kind, row.num_new, row.num_cached)
                      for row in plan.rows)
         self.history.append(StepRecord(
-            self.num_steps, rows, tuple(plan.preempted), len(self.scheduler.waiting),
+            self.num_steps, end - result.duration, rows, tuple(plan.preempted), len(self.scheduler.waiting),
             self.scheduler.manager.num_free_blocks, len(plan.copies), result.duration,
             num_drafts=sum(row.num_drafts for row in plan.rows), num_accepted=sum(row.num_accepted for row in plan.rows)))
         self.num_steps += 1

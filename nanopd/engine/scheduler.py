@@ -84,15 +84,19 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------- coming in
 
     def add(self, group: SequenceGroup) -> None:
-        """Queue a fresh request. Whether it can be served at all is for `Limits.check` to say beforehand."""
+        """Queue a request. Whether it can be served at all is for `Limits.check` to say beforehand.
+
+        Of answers that were begun elsewhere the tokens are here and not their KV: as after a preemption.
+        """
         self._begin_beams(group)
         self.waiting.append(self._take_in(group))
 
     def adopt(self, group: SequenceGroup, lease: Lease) -> None:
         """Take over a request whose prompt was computed elsewhere: its KV is in the lease's blocks.
 
-        Each sequence of the group has its first token. Of those that go on, the first takes the lease and the others
-        fork from it; those that ended with that token count as answers a beam search has found.
+        Each sequence of the group has at least its first token. Of those that go on, the first takes the lease and the
+        others fork from it; those that ended with that token count as answers a beam search has found. Tokens after
+        the first, which a worker that is gone had written, are recomputed.
         """
         entry = self._take_in(group)
         leader, *others = group.live
@@ -104,7 +108,7 @@ class Scheduler:
         for sequence in others:
             self._share_prompt(leader, sequence)
         for sequence in group.live:
-            sequence.move_to(Phase.DECODE)
+            sequence.move_to(DECODE if sequence.num_remaining == 1 else PREFILL)
         self.running.append(entry)
 
     def _take_in(self, group: SequenceGroup) -> _Entry:

@@ -239,9 +239,9 @@ class CentralScheduler:
         decode_worker = message.destination.worker_id
         entry.timeline.path.append(decode_worker)
         entry.timeline.mark(f"sent to {decode_worker}")
-        first_tokens = [first for first in message.first_tokens
-                        if first.finish_reason is not None or first.index in entry.open_answers]
-        self.executor.send(decode_worker, Resume(entry.request, message.destination.lease_id, first_tokens))
+        written = [first for first in message.written
+                   if first.finish_reason is not None or first.index in entry.open_answers]
+        self.executor.send(decode_worker, Resume(entry.request, message.destination.lease_id, written))
 
     def _on_write_ended(self, worker_id: str, message: WriteEnded) -> None:
         self._load[worker_id] -= 1

@@ -2,28 +2,64 @@
 
 from __future__ import annotations
 
+import time
 from typing import Protocol
 
 from nanopd.block_manager.cache import KVCache
-from nanopd.core import PlanRow
+from nanopd.core import PlanRow, TransferRecord
 from nanopd.messages import Destination
+
+WHOLE_TOKENS = 256  # a chunk that is shorter travels in one piece when its last layer is computed
+
+
+class TransferError(RuntimeError):
+    """Blocks can't be brought to their destination. The message says why."""
+
+
+class Ticket(Protocol):
+    """Blocks on their way."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether all have arrived; waits for it at most `timeout` seconds. Raises TransferError if they never will."""
 
 
 class Transport(Protocol):
-    """Copies blocks of one layer from this worker's cache into another's."""
+    """Copies blocks from this worker's cache into one other's. What was sent first arrives first."""
 
-    def send(self, layer: int, source_blocks: list[int], destination_blocks: list[int]) -> None: ...
+    name: str
+
+    def send(self, layers: range, source_blocks: list[int], destination_blocks: list[int]) -> Ticket:
+        """Queue blocks of some layers, behind all that the device has been given to compute so far.
+
+        A fixed number of launches, however many blocks those are. Never waits for the device or for the other worker.
+        Raises TransferError where the other worker is known to be gone.
+        """
+
+    def close(self) -> None: ...
+
+
+class Arrived:
+    """A ticket for what has arrived already."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return True
 
 
 class LocalTransport:
-    """Both caches are tensors of this process on one device: gather, then scatter. Done when `send` returns."""
+    """Both caches are tensors of this process, and one kernel, or the CPU, copies from the one to the other."""
+
+    name = "local"
 
     def __init__(self, source: KVCache, destination: KVCache) -> None:
         self._source = source
         self._destination = destination
 
-    def send(self, layer: int, source_blocks: list[int], destination_blocks: list[int]) -> None:
-        self._destination.scatter(layer, destination_blocks, self._source.gather(layer, source_blocks))
+    def send(self, layers: range, source_blocks: list[int], destination_blocks: list[int]) -> Ticket:
+        self._source.copy_to(self._destination, layers, source_blocks, destination_blocks)
+        return Arrived()  # on one device, whoever reads them is queued later
+
+    def close(self) -> None:
+        pass
 
 
 class Transfer:
@@ -32,24 +68,40 @@ class Transfer:
     A block that a chunk leaves half full is sent again, fuller, with the next one.
     """
 
-    def __init__(self, transport: Transport, destination: Destination, block_size: int) -> None:
+    def __init__(self, transport: Transport, destination: Destination, block_size: int, num_layers: int) -> None:
         self.destination = destination
-        self.num_sent = destination.num_cached  # tokens whose KV, in all layers, is at the destination
+        self.num_sent = destination.num_cached  # tokens whose KV, in all layers, is on its way or there
         self.blocks_sent = 0  # counted over all steps, one layer
+        self.start: float | None = None  # seconds, monotonic clock: when the first blocks were sent
+        self.computed: float | None = None  # when the prompt's last step had ended
         self._transport = transport
         self._block_size = block_size
+        self._num_layers = num_layers
+        self._ticket: Ticket = Arrived()
 
     def send_layer(self, row: PlanRow, layer: int) -> None:
-        """Send one layer of what the row's chunk has added."""
+        """Send what the row's chunk has added to one layer; a short chunk's layers all at once with the last."""
         blocks = self._blocks_to_send(row)
-        if blocks:
+        is_last = layer == self._num_layers - 1
+        if blocks and (is_last or row.num_new >= WHOLE_TOKENS):
+            layers = range(layer, layer + 1) if row.num_new >= WHOLE_TOKENS else range(self._num_layers)
             source, destination = row.block_table, self.destination.block_ids
-            self._transport.send(layer, [source[i] for i in blocks], [destination[i] for i in blocks])
+            self.start = self.start or time.monotonic()
+            self._ticket = self._transport.send(layers, [source[i] for i in blocks], [destination[i] for i in blocks])
+        if is_last:
+            self.blocks_sent += len(blocks)
+            self.num_sent = max(self.num_sent, row.num_cached + row.num_new)
 
-    def finish_step(self, row: PlanRow) -> None:
-        """All layers of the row's chunk have been sent."""
-        self.blocks_sent += len(self._blocks_to_send(row))
-        self.num_sent = max(self.num_sent, row.num_cached + row.num_new)
+    def arrived(self, timeout: float) -> bool:
+        """Whether all that was sent has arrived; waits at most `timeout` seconds. Raises TransferError."""
+        return self._ticket.wait(timeout)
+
+    def record(self, request_id: str, bytes_per_block: int) -> TransferRecord:
+        """What there is to say about it once it has arrived."""
+        now = time.monotonic()
+        return TransferRecord(
+            request_id, self.destination.worker_id, self._transport.name, self.num_sent - self.destination.num_cached,
+            self.blocks_sent * bytes_per_block, self.start or now, self.computed or now, now)
 
     def _blocks_to_send(self, row: PlanRow) -> range:
         """Places in the block table."""

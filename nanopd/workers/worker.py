@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from nanopd.block_manager.cache import KVCache
 from nanopd.block_manager.manager import Lease
-from nanopd.core import Request, SequenceGroup, StepPlan, TokenEvent
-from nanopd.engine.engine import Engine
+from nanopd.core import PlanRow, Request, SequenceGroup, StepPlan, TokenEvent, TransferRecord
+from nanopd.engine.engine import Engine, OnLayer
 from nanopd.messages import (
+    AskHistory,
+    AskStatus,
     Cancel,
+    Corrupted,
     Destination,
-    FirstToken,
     FromWorker,
     Granted,
+    History,
+    Ping,
+    Pong,
     Prefill,
     Prefilled,
     Refused,
@@ -22,21 +30,31 @@ from nanopd.messages import (
     Reserve,
     Resume,
     Serve,
+    SetRole,
+    Status,
     Tokens,
     ToWorker,
+    TransferFailed,
     WriteEnded,
+    Written,
 )
-from nanopd.workers.transfer import Transfer, Transport
+from nanopd.workers.checksum import checksum
+from nanopd.workers.transfer import Transfer, TransferError, Transport
+
+TRANSFERS_KEPT = 4096
+PATIENCE = 0.005  # seconds to wait for the last layers of a prompt just computed, rather than a whole step
 
 
 class Worker:
     """Inbox -> schedule -> run -> transfers -> outbox, one step at a time.
 
-    `connect(worker_id)` gives the transport from this worker's cache to that worker's.
+    Args:
+        connect: connect(worker_id) gives the transport from this worker's cache to that worker's. Raises TransferError.
+        checksums: send with each prompt the checksum of its KV, for the receiver to compare.
     """
 
     def __init__(self, worker_id: str, role: str, engine: Engine, cache: KVCache,
-                 connect: Callable[[str], Transport]) -> None:
+                 connect: Callable[[str], Transport], checksums: bool = False) -> None:
         self.worker_id = worker_id
         self.role = role
         self.engine = engine
@@ -44,12 +62,15 @@ class Worker:
         self.inbox: deque[ToWorker] = deque()
         self.outbox: deque[FromWorker] = deque()
         self.transfers: dict[str, Transfer] = {}
+        self.sent: deque[TransferRecord] = deque(maxlen=TRANSFERS_KEPT)
         self._connect = connect
+        self._checksums = checksums
         self._leases: dict[int, tuple[Lease, Request]] = {}  # granted and not adopted
-        engine.layer_hook = self._send_layer
+        engine.layer_hook = self._on_layer
         self._handlers: dict[type, Callable] = {
             Serve: self._serve, Reserve: self._reserve, Prefill: self._prefill, Resume: self._resume,
-            ReleaseLease: self._release_lease, Cancel: self._cancel,
+            ReleaseLease: self._release_lease, Cancel: self._cancel, SetRole: self._set_role,
+            Ping: self._pong, AskStatus: self._tell_status, AskHistory: self._tell_history,
         }
 
     @property
@@ -59,22 +80,26 @@ class Worker:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.inbox) or self.engine.has_work
+        return bool(self.inbox) or self.engine.has_work or bool(self.transfers)
 
     def step(self) -> None:
-        """Read the inbox, run one step of the engine, pass on what came of it."""
+        """Read the inbox, run one step of the engine, pass on what came of it.
+
+        Whoever carries the outbox away does so after the step: blocks granted in it are then out of every step's reach.
+        """
+        if self.inbox:
+            self.engine.quiesce()  # before any message: some grant blocks, and an interrupt here must lose none
         while self.inbox:
             message = self.inbox.popleft()
             self._handlers[type(message)](message)
-        events = self.engine.step()
-        if events:
-            self._emit(events)
+        self._emit(self.engine.step())
         self._finish_transfers()
 
     # ------------------------------------------------------------------------------------------ handlers
 
     def _serve(self, message: Serve) -> None:
-        self.engine.add(message.request)
+        request = message.request
+        self.engine.add_group(_resumed(request, message.written) if message.written else SequenceGroup(request))
 
     def _reserve(self, message: Reserve) -> None:
         request = message.request
@@ -94,19 +119,23 @@ class Worker:
         return not scheduler.waiting and seats <= scheduler.config.max_num_seqs
 
     def _prefill(self, message: Prefill) -> None:
-        transport = self._connect(message.destination.worker_id)
-        transfer = Transfer(transport, message.destination, self.manager.block_size)
-        self.transfers[message.request.request_id] = transfer
+        request_id, destination = message.request.request_id, message.destination
+        try:
+            transport = self._connect(destination.worker_id)
+        except TransferError as error:
+            self.outbox.append(TransferFailed(request_id, destination, str(error)))
+            return
+        self.transfers[request_id] = Transfer(transport, destination, self.manager.block_size, self.cache.num_layers)
         self.engine.add(message.request, handoff=True)
 
     def _resume(self, message: Resume) -> None:
-        lease, _ = self._leases.pop(message.lease_id)
-        group = SequenceGroup.resume(message.request, [
-            (first.index, first.token_id, first.logprob) for first in message.first_tokens])
-        for sequence, first in zip(group.sequences, message.first_tokens, strict=True):
-            if first.finish_reason is not None:
-                sequence.finish(first.finish_reason)
-        self.engine.scheduler.adopt(group, lease)
+        lease, request = self._leases.pop(message.lease_id)
+        if message.checksum is not None and message.checksum != self._checksum(request, lease.block_ids):
+            self.manager.release_lease(lease, "request")
+            self.manager.release_lease(lease, "writer")
+            self.outbox.append(Corrupted(message.request.request_id))
+            return
+        self.engine.scheduler.adopt(_resumed(message.request, message.written), lease)
         self.manager.release_lease(lease, "writer")
 
     def _release_lease(self, message: ReleaseLease) -> None:
@@ -117,36 +146,87 @@ class Worker:
 
     def _cancel(self, message: Cancel) -> None:
         self._emit(self.engine.cancel(message.request_id, message.index))
-        self._end_writes()
+
+    def _set_role(self, message: SetRole) -> None:
+        self.role = message.role
+
+    def _pong(self, message: Ping) -> None:
+        self.outbox.append(Pong())
+
+    def _tell_status(self, message: AskStatus) -> None:
+        scheduler = self.engine.scheduler
+        self.outbox.append(Status(
+            self.role, os.getpid(), self.manager.num_blocks, self.manager.num_free_blocks, len(scheduler.waiting),
+            len(scheduler.running), len(self._leases), len(self.transfers)))
+
+    def _tell_history(self, message: AskHistory) -> None:
+        self.outbox.append(History(list(self.engine.history), list(self.sent)))
 
     # ----------------------------------------------------------------------------------------- transfers
 
-    def _send_layer(self, plan: StepPlan, layer: int) -> None:
-        for row in plan.rows:
+    def _on_layer(self, plan: StepPlan) -> OnLayer | None:
+        rows = [row for row in plan.rows if row.request.request_id in self.transfers]
+        return partial(self._send_layer, rows) if rows else None
+
+    def _send_layer(self, rows: list[PlanRow], layer: int) -> None:
+        for row in rows:
             transfer = self.transfers.get(row.request.request_id)
-            if transfer is None:
-                continue
-            transfer.send_layer(row, layer)
-            if layer == self.cache.data.shape[0] - 1:
-                transfer.finish_step(row)
+            if transfer is not None:
+                transfer.send_layer(row, layer)
 
     def _finish_transfers(self) -> None:
-        """Report the prompts that are done and arrived, and let their blocks here go."""
-        scheduler = self.engine.scheduler
-        for request_id in list(scheduler.handed_off):
-            first_tokens = [
-                FirstToken(sequence.index, sequence.token_ids[-1], sequence.logprobs[-1], sequence.finish_reason)
-                for sequence in scheduler.first_tokens(request_id)]
-            self.outbox.append(Prefilled(request_id, self.transfers.pop(request_id).destination, first_tokens))
-            scheduler.release_handed_off(request_id)
-        self._end_writes()
+        """Report the prompts that are done and arrived, and let their blocks here go.
 
-    def _end_writes(self) -> None:
-        """Requests that ended here, by their first token, a fault or a cancel, leave leases to be given back."""
-        ended = [request_id for request_id in self.transfers if self.engine.scheduler.find(request_id) is None]
-        for request_id in ended:
-            self.outbox.append(WriteEnded(request_id, self.transfers.pop(request_id).destination))
+        Also requests that ended here, by their first token, a fault or a cancel: they leave leases to be given back, as
+        soon as nobody writes there any more.
+        """
+        now = time.monotonic()
+        deadline = now + PATIENCE
+        for request_id, transfer in list(self.transfers.items()):
+            handed_off = request_id in self.engine.scheduler.handed_off
+            if not handed_off and self.engine.scheduler.find(request_id) is not None:
+                continue  # its prompt is being computed
+            transfer.computed = transfer.computed or now
+            try:
+                if not transfer.arrived(max(0.0, deadline - time.monotonic())):
+                    continue
+            except TransferError as error:
+                self._give_up(request_id, str(error))
+                continue
+            del self.transfers[request_id]
+            if handed_off:
+                self._hand_over(request_id, transfer)
+            else:
+                self.outbox.append(WriteEnded(request_id, transfer.destination))
+
+    def _hand_over(self, request_id: str, transfer: Transfer) -> None:
+        scheduler = self.engine.scheduler
+        sequences = scheduler.first_tokens(request_id)
+        total = None
+        if self._checksums:
+            group = scheduler.handed_off[request_id]
+            total = self._checksum(group.request, self.manager.block_table(group.live[0]))
+        self.outbox.append(Prefilled(request_id, transfer.destination, [
+            Written(sequence.index, sequence.output_token_ids, sequence.logprobs, sequence.finish_reason)
+            for sequence in sequences], total))
+        self.sent.append(transfer.record(request_id, self.cache.bytes_per_block))
+        scheduler.release_handed_off(request_id)
+
+    def _give_up(self, request_id: str, error: str) -> None:
+        self.engine.cancel(request_id)
+        self.outbox.append(TransferFailed(request_id, self.transfers.pop(request_id).destination, error))
+
+    def _checksum(self, request: Request, block_ids: list[int]) -> int:
+        return checksum(self.cache, block_ids, len(request.prompt_token_ids))
 
     def _emit(self, events: list[TokenEvent]) -> None:
         if events:
             self.outbox.append(Tokens(events))
+
+
+def _resumed(request: Request, written: list[Written]) -> SequenceGroup:
+    group = SequenceGroup.resume(request, [(answer.index, answer.token_ids, answer.logprobs) for answer in written])
+    for sequence, answer in zip(group.sequences, written, strict=True):
+        if answer.finish_reason is not None:
+            sequence.finish(answer.finish_reason)
+    return group

@@ -9,7 +9,7 @@ from nanopd.engine.limits import Limits
 from nanopd.messages import (
     Cancel,
     Destination,
-    FirstToken,
+    Written,
     Granted,
     Prefill,
     Prefilled,
@@ -86,7 +86,7 @@ def tokens(name, token=5, end=None, index=0):
 
 
 def prefilled(where, name, *firsts):
-    return Prefilled(name, where, [FirstToken(index, 5, -1.0, end) for index, end in firsts or ((0, None),)])
+    return Prefilled(name, where, [Written(index, [5], [-1.0], end) for index, end in firsts or ((0, None),)])
 
 
 STOP = FinishReason.STOP
@@ -241,7 +241,7 @@ def test_of_several_answers_those_that_go_on_are_resumed():
                          ("P0", prefilled(where, "a", (0, STOP), (1, None), (2, None))))
     assert [event.index for event in events] == [0, 1]
     (_, resume), = script.sent
-    assert [first.index for first in resume.first_tokens if first.finish_reason is None] == [1]
+    assert [first.index for first in resume.written if first.finish_reason is None] == [1]
     script.step(("D0", tokens("a", 6, STOP, index=1)))
     script.assert_empty()
 

@@ -11,7 +11,6 @@ import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
 
 from nanopd.block_manager.manager import BlockSpaceManager
 from nanopd.config import CacheConfig, SchedulerConfig
@@ -89,11 +88,13 @@ def expected_beams(request, max_len, num_layers=1):
 
 
 class FakeCache:
-    """One dict per layer. `data.shape[0]` is the number of layers, as in KVCache."""
+    """One dict per layer."""
+
+    bytes_per_block = 1
 
     def __init__(self, num_layers=1):
+        self.num_layers = num_layers
         self.layers = [{} for _ in range(num_layers)]
-        self.data = SimpleNamespace(shape=(num_layers,))
 
     def copy_blocks(self, pairs, block_size):
         for layer in self.layers:

@@ -21,7 +21,7 @@ def english():
 
 def step(number, *rows, preempted=(), duration=0.01, free=8):
     records = tuple(RowRecord(request, index, kind, new, cached) for request, index, kind, new, cached in rows)
-    return StepRecord(number, records, tuple(preempted), 1, free, 0, duration)
+    return StepRecord(number, 0.0, records, tuple(preempted), 1, free, 0, duration)
 
 
 def history():

@@ -12,22 +12,27 @@ from scheduler.fakes import Ledger, assert_engine_is_empty, assert_plans_were_so
 from nanopd.config import Topology
 from nanopd.router.central_scheduler import CentralScheduler
 from nanopd.workers.executors import InlineExecutor
+from nanopd.workers.transfer import Arrived
 from nanopd.workers.worker import Worker
 
 NUM_LAYERS = 2
 
 
 class FakeTransport:
-    """Copies whole blocks of one layer. Keeps what it was asked to send."""
+    """Copies whole blocks. Keeps what it was asked to send, a layer at a time."""
+
+    name = "fake"
 
     def __init__(self, source, destination, block_size, sent):
         self.source, self.destination, self.block_size, self.sent = source, destination, block_size, sent
 
-    def send(self, layer, source_blocks, destination_blocks):
-        self.sent.append((layer, list(source_blocks), list(destination_blocks)))
-        for source, destination in zip(source_blocks, destination_blocks, strict=True):
-            for offset in range(self.block_size):
-                self.destination.layers[layer][destination, offset] = self.source.layers[layer].get((source, offset))
+    def send(self, layers, source_blocks, destination_blocks):
+        for layer in layers:
+            self.sent.append((layer, list(source_blocks), list(destination_blocks)))
+            for source, destination in zip(source_blocks, destination_blocks, strict=True):
+                for offset in range(self.block_size):
+                    self.destination.layers[layer][destination, offset] = self.source.layers[layer].get((source, offset))
+        return Arrived()
 
 
 class DawdlingExecutor:

@@ -44,9 +44,9 @@ def sends(monkeypatch):
     """(layer, source blocks, destination blocks) of all sends, as they happen."""
     log, send = [], LocalTransport.send
 
-    def spy(self, layer, source_blocks, destination_blocks):
-        log.append((layer, list(source_blocks), list(destination_blocks)))
-        send(self, layer, source_blocks, destination_blocks)
+    def spy(self, layers, source_blocks, destination_blocks):
+        log.extend((layer, list(source_blocks), list(destination_blocks)) for layer in layers)
+        return send(self, layers, source_blocks, destination_blocks)
 
     monkeypatch.setattr(LocalTransport, "send", spy)
     return log
@@ -218,6 +218,7 @@ def test_a_prompt_of_several_chunks_is_sent_as_it_is_computed(reference, sends):
 
 
 def test_a_layer_is_sent_before_the_next_one_is_computed(reference, cluster, sends, monkeypatch):
+    monkeypatch.setattr("nanopd.workers.transfer.WHOLE_TOKENS", 9)
     decoder = cluster.workers["P0"].engine.runner.model
     computed = []
     for index, layer in enumerate(decoder.layers):
@@ -233,6 +234,17 @@ def test_a_layer_is_sent_before_the_next_one_is_computed(reference, cluster, sen
     assert computed == [(0, 0), (1, 1), (2, 2)]
 
 
+def test_a_short_chunk_is_sent_in_one_piece_after_its_last_layer(reference, cluster, sends, monkeypatch):
+    monkeypatch.setattr("nanopd.workers.transfer.WHOLE_TOKENS", 10)
+    layers_sent = []
+    transport_send = LocalTransport.send
+    monkeypatch.setattr(LocalTransport, "send",
+                        lambda self, layers, *blocks: layers_sent.append(layers) or transport_send(self, layers, *blocks))
+    asked = [(prompt(9), greedy(3))]
+    assert_tokens_equal_reference(serve_mix(cluster, asked), asked, reference)
+    assert layers_sent == [range(NUM_LAYERS)]
+
+
 def test_a_send_makes_as_many_launches_for_one_block_as_for_many(reference, cluster):
     class CountOps(TorchDispatchMode):
         count = 0
@@ -245,7 +257,7 @@ def test_a_send_makes_as_many_launches_for_one_block_as_for_many(reference, clus
     counts = []
     for number in (1, 40):
         with CountOps() as ops:
-            transport.send(0, list(range(number)), list(range(number)))
+            transport.send(range(1), list(range(number)), list(range(number)))
         counts.append(ops.count)
     assert counts[0] == counts[1] > 0
 
@@ -431,11 +443,12 @@ def test_a_send_that_breaks_in_mid_step_gives_both_sides_blocks_back(reference, 
     with reference.cluster() as cluster:
         send = LocalTransport.send
 
-        def break_at_layer_1(self, layer, *blocks):
-            if layer == 1:
+        def break_at_layer_1(self, layers, *blocks):
+            if layers.start == 1:
                 raise OSError("the wire is cut")
-            send(self, layer, *blocks)
+            return send(self, layers, *blocks)
 
+        monkeypatch.setattr("nanopd.workers.transfer.WHOLE_TOKENS", 0)
         monkeypatch.setattr(LocalTransport, "send", break_at_layer_1)
         victim = submit(cluster, prompt(9), greedy())
         assert victim.result().error == "OSError: the wire is cut"

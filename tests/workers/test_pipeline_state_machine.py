@@ -115,7 +115,8 @@ class PipelineMachine(RuleBasedStateMachine):
         except KeyboardInterrupt:
             moves["interrupt"] += 1
             assert self.ledger.open == before
-        runner.break_at, runner.break_with = None, Breakdown
+        finally:
+            runner.break_at, runner.break_with = None, Breakdown
 
     @precondition(lambda self: self.ledger.open)
     @rule(index=picks)
