@@ -92,17 +92,6 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
     return launch_clusters(kernel, 1, grid, block, shared_bytes, stream, arguments...);
 }
 
-// A thread's share of a prefetch. GPUs before sm_90 have no instruction that fetches so much at once, and go without.
-__device__ __forceinline__ void prefetch_to_l2(const Prefetch& what, int64_t thread, int64_t threads) {
-#if __CUDA_ARCH__ >= 900
-    if (what.data == nullptr) return;
-    for (int64_t row = thread; row < what.rows; row += threads)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                         static_cast<const char*>(what.data) + row * what.stride_bytes),
-                     "r"(static_cast<uint32_t>(what.row_bytes)));
-#endif
-}
-
 // ------------------------------------------------------------------------------------------------- reductions
 
 __device__ __forceinline__ float warp_sum(float value) {

@@ -190,8 +190,6 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(const LinearArguments 
     __syncthreads();
     if (threadIdx.x >= kConsumers) {
         if (threadIdx.x == kConsumers) produce(block, &weight_map, &token_map);
-        __syncwarp();  // this kernel's own weights first
-        prefetch_to_l2(arguments.then, blockIdx.x * 32 + threadIdx.x - kConsumers, gridDim.x * 32);
         return;
     }
     if (arguments.norm_weight)

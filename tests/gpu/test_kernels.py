@@ -198,19 +198,6 @@ def test_move_blocks(planes, blocks, block_size, kv_heads, head_dim, dtype, seed
     assert target.isnan().sum() == 3 * source.numel() // blocks
 
 
-@pytest.mark.parametrize("columns", [4096, 1000, 100, 33])
-def test_a_prefetch_changes_no_result(columns) -> None:
-    x, weight = normal(3, 1024, dtype=torch.bfloat16), normal(2048, 1024, dtype=torch.bfloat16, seed=1)
-    next_weight = normal(777, columns, dtype=torch.bfloat16, seed=2)
-    then = next_weight, min(512, columns * 2 // 16 * 16)
-    assert torch.equal(cuda.rms_norm(x, weight[0], 1e-6, then), cuda.rms_norm(x, weight[0], 1e-6))
-    if cuda.linear_supports(x, weight):
-        assert torch.equal(cuda.linear(x, weight, then=then), cuda.linear(x, weight))
-    torch.cuda.synchronize()
-    with pytest.raises(RuntimeError, match="then_row_bytes must be a multiple of 16"):
-        cuda.rms_norm(x, weight[0], 1e-6, (next_weight, 24))
-
-
 def test_move_blocks_within_one_cache() -> None:
     cache = normal(4, 2, 50, 16, 2, 64)
     ids = permutation(50, 1)
