@@ -50,7 +50,8 @@ struct alignas(size_ * sizeof(T)) Pack {
 // and newer). Before it reads what earlier kernels wrote, or writes anything at all, every thread calls
 // `wait_for_previous()`; before that it may only read constants, such as weights. It calls `let_next_start()` as
 // soon as the next kernel's prologue may take up room on the GPU. Every kernel must wait, also those with nothing to
-// read, or completion would not be passed on along the chain.
+// read, or completion would not be passed on along the chain. decode_attention reads more than constants early, and counts
+// on embed and itself letting the next start only after their wait.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

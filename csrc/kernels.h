@@ -109,7 +109,8 @@ cudaError_t plan_decode(void* plan, const int* context_lens, int num_rows, int b
 
 // One new token a row (query_starts is ignored). Partial results live in `scratch` between the split and the merge.
 // Reads the plan, the block tables and all but the rows' newest keys and values before it waits for the kernel launched
-// before it: that one may write only the newest, and must wait for its own predecessors before it lets the next start.
+// before it. So after the kernels that write these must come one that waits before it lets the next start, or the last
+// of them must let none start early.
 // The plan counts arrivals at the merge, and is as it was after each call. No virtual head (a KV head and up to 16 of
 // its queries, 8 above a head size of 128 or in float32) may go without a thread block: cudaErrorInvalidValue.
 int64_t decode_scratch_bytes(int num_rows, int heads, int head_dim);

@@ -180,8 +180,10 @@ __global__ void rope_and_store_kernel(const RopeArguments<T> a) {
             weights[1][i] = load(weight + half + d);
         });
     }
+    // Before the wait: decode_attention, the next, may start while the products before this kernel still run. What it reads
+    // early was complete before these could start, as is said there.
+    let_next_start();
     wait_for_previous();
-    let_next_start();  // in this order: decode_attention, the next, reads early what came before this kernel
 
     // All that is read is asked for at once, also what a value has no use for.
     const int64_t slot = working && !is_query ? a.slot_mapping[token] : -1;
