@@ -9,6 +9,8 @@
 // A warp multiplies the same columns of every row, so it keeps its part of x, or of x's norm, in registers: it is read and
 // normalised once. A longer x, such as an MLP's second product has, comes by TMA, in each stage what goes with its
 // weights. Normalising that as often takes too long to go unnoticed, but only models wider than 4096 have to.
+#include <utility>
+
 #include "hopper.cuh"
 #include "linear.cuh"
 
@@ -273,9 +275,17 @@ cudaError_t launch_stream(const LinearArguments& arguments, cudaStream_t stream)
     const int in = arguments.in_features, out = arguments.out_features, tokens = arguments.tokens;
     const int fixed = sizeof(Shared) + (arguments.norm_weight ? in * sizeof(T) : 0);
     const int stage_bytes = OfBlock::bytes_of_stage(tokens);
-    const int stages = min(kMaxStages, (kSharedBudget - fixed) / stage_bytes), bytes = fixed + stages * stage_bytes;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
+    // In a layer, products with a residual and those without take turns.
+    const int budget = arguments.residual ? kLargerBudget : kSmallerBudget;
+    const int stages = min(kMaxStages, (budget - fixed) / stage_bytes);
+    const int bytes = arguments.residual ? budget : fixed + stages * stage_bytes;
+    // A multiprocessor divides its memory between L1 and shared memory anew only when it is empty, so both kinds of
+    // kernels ask for the same division.
+    const std::pair<cudaFuncAttribute, int> settings[]{
+        {cudaFuncAttributeMaxDynamicSharedMemorySize, bytes},
+        {cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared}};
+    for (const auto& [attribute, value] : settings)
+        if (const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, value); error != cudaSuccess) return error;
     CUtensorMap weight_map, token_map;
     if (!encode(&weight_map, arguments.dtype, slices(arguments.weight, out, in, kBoxRows)) ||
         !encode(&token_map, arguments.dtype, slices(arguments.x, tokens, in, tokens)))
