@@ -325,7 +325,7 @@ class Reception:
         self.door = Door(address.decode() if isinstance(address, bytes) else address, secrets.token_bytes(32))
         self._receive = receive
         self._lock = threading.Lock()
-        self._visits: dict[threading.Thread, _Visit] = {}
+        self._visits: dict[threading.Thread, _Visit] = {}  # those that have ended stay until the next one comes
         self._forgotten: set[str] = set()
         self._closing = False
         self._thread = threading.Thread(target=self._accept, name="nanopd-reception", daemon=True)
@@ -364,12 +364,13 @@ class Reception:
                 return
             thread = threading.Thread(target=self._serve, args=(connection,), name="nanopd-receiver", daemon=True)
             with self._lock:
+                self._visits = {other: visit for other, visit in self._visits.items() if other.is_alive()}
                 self._visits[thread] = _Visit(connection)
-            thread.start()
+                thread.start()
 
     def _serve(self, connection: Connection) -> None:
-        thread = threading.current_thread()
-        visit = self._visits[thread]
+        with self._lock:
+            visit = self._visits[threading.current_thread()]
         with connection:
             try:
                 limit_waiting(connection, ANSWER_TIME)
@@ -384,8 +385,7 @@ class Reception:
             except Exception:
                 pass  # a stranger, or somebody who died at the door
             finally:
-                with self._lock:
-                    del self._visits[thread]
+                visit.receiver = None
 
     def _run(self, connection: Connection, visit: _Visit, hello: Hello) -> None:
         try:
@@ -407,8 +407,9 @@ class _Visit:
         self.receiver: Receiver | None = None
 
     def end(self) -> None:
-        if self.receiver is not None:
-            self.receiver.abandon()
+        receiver = self.receiver
+        if receiver is not None:
+            receiver.abandon()
         hang_up(self.connection)
 
 

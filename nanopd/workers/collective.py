@@ -99,7 +99,7 @@ class CollectiveReceiver(Receiver):
         return self._work.record()
 
     def _release(self) -> None:
-        del self._group, self._slots
+        del self._slots
 
 
 def _meet(store: dist.Store, rank: int, device: torch.device) -> dist.Backend:
