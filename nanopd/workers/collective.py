@@ -106,7 +106,6 @@ def _meet(store: dist.Store, rank: int, device: torch.device) -> dist.Backend:
     """A group of two that has exchanged its first bytes: what connects them is made at the first exchange."""
     timeout = timedelta(seconds=ANSWER_TIME)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         # a peer that dies is heard of on the other connection; torch's own watch would end this process as well
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         options = dist.ProcessGroupNCCL.Options()

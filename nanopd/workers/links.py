@@ -145,6 +145,8 @@ class Links:
     def _receive(self, hello: Hello) -> Receiver:
         if hello.destination_id not in self._caches:
             raise TransferError(f"there is no worker {hello.destination_id} here")
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this connection's thread: a new one starts with the first GPU
         cache = self._caches[hello.destination_id]
         if hello.transport == CollectiveTransport.name:
             return CollectiveReceiver(cache, hello.slot_bytes, hello.setup)

@@ -6,6 +6,8 @@ import ctypes
 import mmap
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -70,14 +72,17 @@ def _map(descriptor: int, size: int) -> Tensor:
 
 
 class Pinned:
-    """Makes host memory such that GPUs copy from and to it on their own, until closed."""
+    """Makes host memory such that a GPU copies from and to it on its own, until closed."""
 
-    def __init__(self, data: Tensor) -> None:
+    def __init__(self, data: Tensor, device: torch.device) -> None:
         self._data = data
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0)))
+        self._device = device
+        with torch.cuda.device(device):
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0)))
 
     def close(self) -> None:
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr())))
+        with torch.cuda.device(self._device):
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr())))
 
 
 # -------------------------------------------------------------------------------------------------------- a GPU's
@@ -103,9 +108,9 @@ class DeviceMemory:
 def share_device_memory(data: Tensor) -> DeviceMemory:
     """For a contiguous CUDA tensor, which must stay where it is. Raises TransferError."""
     base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
-    _enter(data.device)
-    _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(data.data_ptr()))
-    _call("cuIpcGetMemHandle", ctypes.byref(handle), base)
+    with _context(data.device):
+        _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(data.data_ptr()))
+        _call("cuIpcGetMemHandle", ctypes.byref(handle), base)
     return DeviceMemory(bytes(handle.bytes), data.data_ptr() - base.value, data.nbytes)
 
 
@@ -119,8 +124,8 @@ class MappedDeviceMemory:
         self._device = device
         self._base = ctypes.c_uint64()
         handle = _Handle((ctypes.c_ubyte * 64).from_buffer_copy(memory.handle))
-        _enter(device)
-        _call("cuIpcOpenMemHandle_v2", ctypes.byref(self._base), handle, ctypes.c_uint(LAZY_PEER_ACCESS))
+        with _context(device):
+            _call("cuIpcOpenMemHandle_v2", ctypes.byref(self._base), handle, ctypes.c_uint(LAZY_PEER_ACCESS))
         pointer = self._base.value + memory.offset
         self.data = torch.as_tensor(_ArrayInterface(pointer, memory.size), device=device)
         if self.data.data_ptr() != pointer:
@@ -130,8 +135,8 @@ class MappedDeviceMemory:
     def close(self) -> None:
         """Unmap. No kernel may use it any more."""
         self.data = torch.empty(0, dtype=torch.uint8)
-        _enter(self._device)
-        _call("cuIpcCloseMemHandle", self._base)
+        with _context(self._device):
+            _call("cuIpcCloseMemHandle", self._base)
 
 
 class _ArrayInterface:
@@ -139,10 +144,12 @@ class _ArrayInterface:
         self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (pointer, False), "version": 3}
 
 
-def _enter(device: torch.device) -> None:
+@contextmanager
+def _context(device: torch.device) -> Iterator[None]:
     """The driver's calls work on the thread's current context, which a runtime call for the device brings about."""
-    torch.cuda.set_device(device)
-    torch.cuda.synchronize(device)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize(device)
+        yield
 
 
 @cache

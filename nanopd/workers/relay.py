@@ -34,7 +34,7 @@ class Ring:
         self._room: Tensor | None = None
         self._pinned: Pinned | None = None
         if cache.data.is_cuda:
-            self._pinned = Pinned(memory)
+            self._pinned = Pinned(memory, cache.data.device)
             self._room = torch.empty(self._slots.shape[1], dtype=torch.uint8, device=cache.data.device)
 
     def pack(self, layers: range, block_ids: list[int], slot: int) -> None:
