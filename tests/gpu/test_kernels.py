@@ -199,6 +199,15 @@ def test_move_blocks(planes, blocks, block_size, kv_heads, head_dim, dtype, seed
     assert target.isnan().sum() == 3 * source.numel() // blocks
 
 
+@pytest.mark.parametrize("max_thread_blocks", [1, 3, 10**6])
+def test_move_blocks_on_a_few_thread_blocks(max_thread_blocks) -> None:
+    source, target = normal(2, 50, 16, 2, 64), poisoned(2, 60, 16, 2, 64)
+    source_ids, target_ids = permutation(50, 1)[:40], permutation(60, 2)[:40]
+    cuda.move_blocks(target, target_ids, source, source_ids, max_thread_blocks)
+    assert torch.equal(target[:, target_ids], source[:, source_ids])
+    assert target.isnan().sum() == 20 * target[:, 0].numel()
+
+
 def test_move_blocks_within_one_cache() -> None:
     cache = normal(4, 2, 50, 16, 2, 64)
     ids = permutation(50, 1)
@@ -482,6 +491,7 @@ def test_operators_name_what_is_wrong() -> None:
         "even number of columns": lambda: cuda.silu_and_mul(x[:, :7].contiguous()),
         "logits must be contiguous": lambda: cuda.greedy_sample(x.T),
         "logits must be float32, float16 or bfloat16": lambda: cuda.greedy_sample(x.long()),
+        "max_thread_blocks must be positive, or 0": lambda: cuda.move_blocks(case.key_cache, None, case.value_cache, None, -1),
         "target_ids must be int64": lambda: cuda.move_blocks(case.key_cache, ints([1]), case.value_cache, ints([2]).long()),
         "source has 1 planes": lambda: cuda.move_blocks(case.key_cache, None, case.value_cache[:, :4].contiguous(), None),
         "slot_mapping must have the shape": lambda: cuda.rope_and_store(
