@@ -12,7 +12,15 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from nanopd.core import BeamSearchParams, InvalidRequest, Overloaded, Request, RequestOutput, SamplingParams, TokenEvent
+from nanopd.core import (
+    BeamSearchParams,
+    InvalidRequest,
+    Overloaded,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenEvent,
+)
 from nanopd.engine.limits import Limits
 from nanopd.engine.output import OutputProcessor
 

@@ -10,7 +10,6 @@ from nanopd.engine.limits import Limits
 from nanopd.messages import (
     Cancel,
     Destination,
-    Written,
     Granted,
     Prefill,
     Prefilled,
@@ -21,6 +20,7 @@ from nanopd.messages import (
     Serve,
     Tokens,
     WriteEnded,
+    Written,
 )
 from nanopd.router.central_scheduler import CentralScheduler, Stage
 
