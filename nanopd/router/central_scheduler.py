@@ -20,17 +20,15 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import count
+from operator import attrgetter
 
 from nanopd.config import MODES
 from nanopd.core import FinishReason, InvalidRequest, Overloaded, Request, TokenEvent
 from nanopd.engine.limits import Limits
 from nanopd.messages import (
-    AskHistory,
-    AskStatus,
     Cancel,
     Corrupted,
     Granted,
-    History,
     Lost,
     Prefill,
     Prefilled,
@@ -38,7 +36,6 @@ from nanopd.messages import (
     Reserve,
     Resume,
     Serve,
-    Status,
     Tokens,
     TransferFailed,
     WriteEnded,
@@ -50,6 +47,7 @@ from nanopd.router.timeline import Timeline
 
 MAX_ATTEMPTS = 4
 TIMELINES_KEPT = 4096
+BY_TICKET = attrgetter("ticket")
 
 
 class CentralScheduler:
@@ -76,11 +74,10 @@ class CentralScheduler:
         self._deadlines: list[tuple[float, str]] = []  # a heap; of requests that may have ended
         self._tickets = count()
         self._events: list[TokenEvent] = []
-        self._answers: dict[str, Status | History] = {}
         self._handlers: dict[type, Callable] = {
             Tokens: self._on_tokens, Granted: self._on_granted, Refused: self._on_refused, Prefilled: self._on_prefilled,
             WriteEnded: self._on_write_ended, TransferFailed: self._on_transfer_failed, Corrupted: self._on_corrupted,
-            Lost: self._on_lost, Status: self._on_answer, History: self._on_answer,
+            Lost: self._on_lost,
         }
 
     # ----------------------------------------------------------------------------------- what clients ask for
@@ -160,26 +157,16 @@ class CentralScheduler:
         modes = {self.mode, *(entry.mode for entry in self._entries.values())}
         self.fleet.set_role(worker_id, role, {needed for mode in modes for needed in MODES[mode]})
 
-    def ask(self, question: AskStatus | AskHistory, timeout: float = 10.0) -> dict[str, Status | History]:
-        """What each worker answers. One that is lost meanwhile, or takes longer than `timeout` seconds, is left out."""
-        self._answers = {}
-        for worker_id in self.fleet.workers:
-            self.fleet.send(worker_id, question)
-        until = self.clock() + timeout
-        while not self._answers.keys() >= self.fleet.workers.keys() and self.clock() < until:
-            self._poll(until - self.clock())
-        return {worker_id: self._answers[worker_id] for worker_id in self.fleet.workers if worker_id in self._answers}
-
     # ------------------------------------------------------------------------------------------ in line
 
     def _enqueue(self, entry: Entry) -> None:
         self._jobs[entry.job] = entry
         entry.timeline.jobs.append(entry.job)
-        insort(self._lines[entry.mode], entry, key=_by_ticket)
+        insort(self._lines[entry.mode], entry, key=BY_TICKET)
 
     def _dequeue(self, entry: Entry) -> None:
         line = self._lines[entry.mode]
-        del line[bisect_left(line, entry.ticket, key=_by_ticket)]
+        del line[bisect_left(line, entry.ticket, key=BY_TICKET)]
 
     def _dispatch(self, mode: str) -> None:
         """First come, first served: one that finds no room holds back those behind it."""
@@ -395,10 +382,3 @@ class CentralScheduler:
         del self._entries[entry.request.request_id]
         entry.stage = Stage.CLOSED
         entry.timeline.mark("finished", self.clock())
-
-    def _on_answer(self, worker_id: str, message: Status | History) -> None:
-        self._answers[worker_id] = message
-
-
-def _by_ticket(entry: Entry) -> int:
-    return entry.ticket

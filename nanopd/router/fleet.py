@@ -11,7 +11,7 @@ from nanopd.messages import Destination, FromWorker, Refused, ReleaseLease, Rese
 
 
 class Executor(Protocol):
-    """Carries messages to workers and back."""
+    """Carries messages to workers and back. A sign of life is between it and them."""
 
     roles: dict[str, str]  # of the living workers, by id. One that is lost leaves before its Lost is returned by `poll`
 
@@ -135,7 +135,8 @@ class Fleet:
 
     def change_roles(self) -> None:
         """Those that are to change, and have nothing in hand any more, do."""
-        for worker_id, worker in self.workers.items():
+        for worker_id in self.executor.roles:  # not one that is gone, and whose loss has not been told yet
+            worker = self.workers[worker_id]
             if worker.next_role is not None and not worker.answers and not worker.writes:
                 worker.role, worker.next_role = worker.next_role, None
                 self.executor.roles[worker_id] = worker.role

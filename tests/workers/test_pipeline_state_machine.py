@@ -194,7 +194,7 @@ class PipelineMachine(RuleBasedStateMachine):
     def count_ends(self):
         for link in self.cluster.links.values():
             moves.update({f"transfer {what}": number for what, number in link.happened.items()})
-        for request_id, error in self.ledger.errors.items():
+        for error in self.ledger.errors.values():
             assert ERRORS.match(error), error
             moves[error[:8]] += 1
         failed = {request_id for (request_id, _), reason in self.ledger.ends.items() if reason == "error"}
