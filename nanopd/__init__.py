@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         CompletionOutput,
         FinishReason,
         InvalidRequest,
+        Overloaded,
         Request,
         RequestMetrics,
         RequestOutput,
@@ -43,6 +44,7 @@ __all__ = [
     "FinishReason",
     "InvalidRequest",
     "ModelError",
+    "Overloaded",
     "Request",
     "RequestMetrics",
     "RequestOutput",
@@ -57,8 +59,8 @@ __all__ = [
 _HOMES = {
     "nanopd.config": ("ConfigError", "Topology"),
     "nanopd.core": (
-        "BeamSearchParams", "CompletionOutput", "FinishReason", "InvalidRequest", "Request", "RequestMetrics",
-        "RequestOutput", "SamplingParams", "TokenEvent",
+        "BeamSearchParams", "CompletionOutput", "FinishReason", "InvalidRequest", "Overloaded", "Request",
+        "RequestMetrics", "RequestOutput", "SamplingParams", "TokenEvent",
     ),
     "nanopd.llm": ("LLM", "Cluster"),
     "nanopd.models.resolve": ("ModelError",),

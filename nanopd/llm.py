@@ -16,7 +16,8 @@ from nanopd.engine.factory import EngineOptions, build_engine, give_back_memory
 from nanopd.engine.limits import Limits
 from nanopd.models.decoder import Decoder
 from nanopd.models.loader import load_model, load_tokenizer
-from nanopd.router.central_scheduler import TIMELINES_KEPT, CentralScheduler, Timeline
+from nanopd.router.central_scheduler import TIMELINES_KEPT, CentralScheduler
+from nanopd.router.timeline import Timeline
 from nanopd.workers.executors import InlineExecutor
 from nanopd.workers.transfer import LocalTransport
 from nanopd.workers.worker import Worker

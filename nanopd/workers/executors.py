@@ -11,17 +11,13 @@ class InlineExecutor:
 
     def __init__(self, workers: list[Worker]) -> None:
         self.workers = {worker.worker_id: worker for worker in workers}
-
-    @property
-    def roles(self) -> dict[str, str]:
-        """The workers' ids and their roles."""
-        return {worker_id: worker.role for worker_id, worker in self.workers.items()}
+        self.roles = {worker.worker_id: worker.role for worker in workers}
 
     def send(self, worker_id: str, message: ToWorker) -> None:
         self.workers[worker_id].inbox.append(message)
 
-    def poll(self) -> list[tuple[str, FromWorker]]:
-        """Step every worker once. Returns what they have to say, as (worker id, message).
+    def poll(self, timeout: float = 0.0) -> list[tuple[str, FromWorker]]:
+        """Step every worker once. Returns what they have to say, as (worker id, message). Nothing to wait for.
 
         Messages stay in the outboxes until all have stepped: an interrupted step (Ctrl-C) must not lose the others'.
         """
