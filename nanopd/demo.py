@@ -134,7 +134,7 @@ def _one_thread(wanted: bool) -> Iterator[None]:
 
 def _serve(pipeline: Pipeline, model: str, tasks: Sequence[Task], max_tokens: int,
            progress: Callable[[str], object]) -> list[Served]:
-    from nanopd.llm import Cluster
+    from nanopd.cluster import Cluster
 
     progress(f"{pipeline.mode}: loading {model} for {pipeline.topology}")
     # In float32 the pipelines' different batches leave the embedded model's greedy choices as they are.

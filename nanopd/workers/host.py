@@ -1,0 +1,226 @@
+"""A process that runs workers: all those of one GPU, or one on the CPU. Started by `ProcessExecutor`.
+
+It reads its HostSpec, answers Ready or Failed, and carries messages between the connection and its workers until it is
+told to Stop. When the connection ends without that, its parent is gone, and so is it, whatever it was doing.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+
+from nanopd.config import ConfigError
+from nanopd.engine.factory import EngineOptions, build_engine
+from nanopd.engine.limits import Limits
+from nanopd.messages import FromWorker, Ping, Pong, Tokens, ToWorker
+from nanopd.models.loader import ModelError, load_model
+from nanopd.workers.channel import Channel, wait_for_room
+from nanopd.workers.links import Address, Links
+from nanopd.workers.transfer import Transport
+from nanopd.workers.worker import Worker
+
+NOTHING_RAN = 0.005  # seconds until a worker whose requests all wait for blocks looks again
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """What a host is to run."""
+
+    host: int  # its number
+    roles: dict[str, str]  # worker ids and their roles
+    device: str
+    model: str
+    dtype: str | torch.dtype | None
+    load_format: str
+    seed: int
+    options: EngineOptions
+    transport: str
+    checksums: bool
+    num_threads: int = 1  # of torch, on the CPU
+
+
+# ------------------------------------------------------- between the parent and the host, not its workers
+
+
+@dataclass(frozen=True)
+class Learn:
+    """Where all workers are."""
+
+    addresses: dict[str, Address]
+
+
+@dataclass(frozen=True)
+class Forget:
+    """These workers are gone."""
+
+    worker_ids: list[str]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Leave."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The workers can begin."""
+
+    limits: dict[str, Limits]
+    addresses: dict[str, Address]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The host can't start, or can't go on. It leaves."""
+
+    error: Exception
+
+
+ToHost = tuple[str, ToWorker] | tuple[None, Learn | Forget | Ping | Stop]
+FromHost = tuple[str, FromWorker] | tuple[None, Ready | Failed | Pong]
+
+
+def build_workers(spec: HostSpec, connect: Callable[[str, str], Transport]) -> dict[str, Worker]:
+    """The workers of a spec, in this process: each with a cache of its own, all with the same weights.
+
+    `connect(source, destination)` gives the transport from worker to worker. Raises ConfigError and ModelError.
+    """
+    device = torch.device(spec.device)
+    model = load_model(spec.model, device=device, dtype=spec.dtype, load_format=spec.load_format, seed=spec.seed)
+    workers = {}
+    for num_built, (worker_id, role) in enumerate(spec.roles.items()):
+        share = 1 / (len(spec.roles) - num_built)  # of the memory that the others have left
+        engine = build_engine(model, device, spec.options, cache_share=share)
+        workers[worker_id] = Worker(
+            worker_id, role, engine, engine.runner.cache, partial(connect, worker_id), spec.checksums)
+    return workers
+
+
+class Host:
+    """The workers of this process, stepped in turn while they have work."""
+
+    def __init__(self, spec: HostSpec) -> None:
+        self.links = Links(spec.host, spec.transport, torch.device(spec.device))
+        self.workers = build_workers(spec, self.links.connect)
+        self.addresses = {worker_id: self.links.publish(worker_id, worker.cache) for worker_id, worker in self.workers.items()}
+
+    @property
+    def limits(self) -> dict[str, Limits]:
+        return {worker_id: worker.engine.limits for worker_id, worker in self.workers.items()}
+
+    def run(self, inbox: queue.SimpleQueue[ToHost], channel: Channel) -> None:
+        """Serve until told to stop. Raises RuntimeError where the device is broken: what ran here can run elsewhere."""
+        patience: float | None = None  # seconds to wait for mail; None: nobody has work, so for as long as it takes
+        while self._take_mail(inbox, channel, patience):
+            patience = None
+            for worker in self.workers.values():
+                if worker.has_work:
+                    patience = min(0.0 if self._step(worker, channel) else NOTHING_RAN, patience or NOTHING_RAN)
+
+    def close(self) -> None:
+        self.links.close()
+
+    def _take_mail(self, inbox: queue.SimpleQueue[ToHost], channel: Channel, patience: float | None) -> bool:
+        """Hand out what has come. Returns whether to go on."""
+        try:
+            worker_id, message = inbox.get(timeout=patience) if patience != 0 else inbox.get_nowait()
+            while True:
+                if worker_id is not None:
+                    self.workers[worker_id].inbox.append(message)
+                elif isinstance(message, Stop):
+                    return False
+                else:
+                    self._take_own(message, channel)
+                worker_id, message = inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _take_own(self, message: Learn | Forget | Ping, channel: Channel) -> None:
+        match message:
+            case Learn():
+                self.links.learn(message.addresses)
+            case Forget():
+                for worker_id in message.worker_ids:
+                    self.links.forget(worker_id)
+            case Ping():
+                _say(channel, [(None, Pong())])
+
+    def _step(self, worker: Worker, channel: Channel) -> bool:
+        """Returns whether there was anything to do, other than to wait for blocks."""
+        steps_before = worker.engine.num_steps
+        worker.step()
+        messages, said_something = list(worker.outbox), bool(worker.outbox)
+        worker.outbox.clear()
+        _raise_if_broken(messages)
+        if said_something:
+            _say(channel, [(worker.worker_id, message) for message in messages])
+        return said_something or worker.engine.num_steps > steps_before or bool(worker.transfers)
+
+
+def _raise_if_broken(messages: list[FromWorker]) -> None:
+    """After a CUDA error nothing runs in this process any more; the engine took it for the fault of a step's requests."""
+    for message in messages:
+        for event in message.events if isinstance(message, Tokens) else ():
+            if event.error is not None and ("CUDA error" in event.error or event.error.startswith("AcceleratorError")):
+                raise RuntimeError(event.error)
+
+
+def _say(channel: Channel, messages: list[FromHost]) -> None:
+    channel.send(messages)
+    wait_for_room(channel)
+
+
+def _listen(channel: Channel, inbox: queue.SimpleQueue[Any]) -> None:
+    """Take in what the parent says, so that it never waits for a step to end."""
+    stopping = False
+    while True:
+        wait([channel])
+        try:
+            for message in channel.receive():
+                inbox.put(message)
+                stopping = isinstance(message, tuple) and isinstance(message[1], Stop)
+        except EOFError:
+            if stopping:
+                return
+            os._exit(1)  # the parent is gone, and the main thread may be in a step that never ends
+
+
+def main(descriptor: int) -> None:
+    """The process. `descriptor` is its end of the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    os.set_inheritable(descriptor, False)
+    channel = Channel(socket.socket(fileno=descriptor))
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(channel, inbox), daemon=True).start()
+    try:
+        spec = inbox.get()
+        torch.set_num_threads(spec.num_threads)
+        host = Host(spec)
+        try:
+            _say(channel, [(None, Ready(host.limits, host.addresses))])
+            host.run(inbox, channel)
+        finally:
+            host.close()
+    except Exception as error:
+        _say(channel, [(None, Failed(_tellable(error)))])
+        sys.exit(1)
+
+
+def _tellable(error: Exception) -> Exception:
+    """What the user can put right, as it is; anything else by its name, with the rest on stderr."""
+    if isinstance(error, (ConfigError, ModelError, OSError)):
+        return error
+    traceback.print_exception(error)
+    return RuntimeError(f"{type(error).__name__}: {error}")
