@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,10 @@ from nanopd.engine.limits import Limits
 from nanopd.messages import History, Status
 from nanopd.models.loader import load_tokenizer
 from nanopd.router.central_scheduler import TIMELINES_KEPT, CentralScheduler, Timeline
+from nanopd.workers.channel import uninterrupted
 from nanopd.workers.executors import InlineExecutor
 from nanopd.workers.host import HostSpec, build_workers
+from nanopd.workers.links import TRANSPORTS
 from nanopd.workers.process import ProcessExecutor
 from nanopd.workers.transfer import LocalTransport, Transport
 from nanopd.workers.worker import Worker
@@ -49,6 +52,9 @@ class Cluster(Client):
         self.mode = mode
         self._is_shut_down = False
         self.executor = _pick_executor(executor, self.topology)
+        _check_transport(transport, self.executor)
+        if hang_timeout <= 0:
+            raise ConfigError(f"hang_timeout must be a number of seconds above 0, got {hang_timeout!r}")
         engine_options = EngineOptions.from_keywords(options)
         for device in self.topology.devices:
             resolve_device(device)
@@ -72,6 +78,14 @@ class Cluster(Client):
     def limits(self) -> Limits:
         return self._central.limits
 
+    def step(self) -> list[TokenEvent]:
+        with self._undivided():
+            return super().step()
+
+    def cancel(self, request_id: str) -> None:
+        with self._undivided():
+            super().cancel(request_id)
+
     def status(self) -> dict[str, Status]:
         """How each living worker is doing, by its id."""
         return self._executor.status()
@@ -85,6 +99,11 @@ class Cluster(Client):
         if request_id not in self._central.timelines:
             raise KeyError(f"no request {request_id!r}; timelines are kept of the last {TIMELINES_KEPT} requests")
         return self._central.timelines[request_id]
+
+    def _undivided(self) -> AbstractContextManager[None]:
+        """Ctrl-C waits until what processes have said is worked off: they do not say it again. Inline it may come at any
+        time, for nothing has been said before a step is over, and a step may take long."""
+        return uninterrupted() if self.executor == "process" else nullcontext()
 
     def _release(self) -> None:
         self._is_shut_down = True
@@ -118,6 +137,14 @@ def _pick_executor(executor: str | None, topology: Topology) -> str:
         raise ConfigError(f"topology '{topology}' names several devices; the inline executor runs all workers on one: "
                           "leave executor out, or take 'process'")
     return executor
+
+
+def _check_transport(transport: str, executor: str) -> None:
+    if transport not in TRANSPORTS:
+        raise ConfigError(f"unknown transport {transport!r}; there are {', '.join(TRANSPORTS)}")
+    if executor == "inline" and transport != "auto":
+        raise ConfigError(f"transport {transport!r} goes between processes, and the inline executor has only one: "
+                          "leave transport out, or take executor='process'")
 
 
 def _inline(topology: Topology, spec: Callable[..., HostSpec]) -> InlineExecutor:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,9 +26,10 @@ from nanopd.engine.factory import EngineOptions, build_engine
 from nanopd.engine.limits import Limits
 from nanopd.messages import FromWorker, Ping, Pong, Tokens, ToWorker
 from nanopd.models.loader import ModelError, load_model
+from nanopd.paged_attention.build import load_kernels
 from nanopd.workers.channel import Channel, wait_for_room
 from nanopd.workers.links import Address, Links
-from nanopd.workers.transfer import Transport
+from nanopd.workers.transfer import TransferError, Transport
 from nanopd.workers.worker import Worker
 
 NOTHING_RAN = 0.005  # seconds until a worker whose requests all wait for blocks looks again
@@ -124,10 +125,8 @@ class Host:
         """Serve until told to stop. Raises RuntimeError where the device is broken: what ran here can run elsewhere."""
         patience: float | None = None  # seconds to wait for mail; None: nobody has work, so for as long as it takes
         while self._take_mail(inbox, channel, patience):
-            patience = None
-            for worker in self.workers.values():
-                if worker.has_work:
-                    patience = min(0.0 if self._step(worker, channel) else NOTHING_RAN, patience or NOTHING_RAN)
+            ran = [self._step(worker, channel) for worker in self.workers.values() if worker.has_work]
+            patience = (0.0 if any(ran) else NOTHING_RAN) if ran else None
 
     def close(self) -> None:
         self.links.close()
@@ -194,7 +193,7 @@ def _listen(channel: Channel, inbox: queue.SimpleQueue[Any]) -> None:
         except EOFError:
             if stopping:
                 return
-            os._exit(1)  # the parent is gone, and the main thread may be in a step that never ends
+            _leave(1)  # the parent is gone, and the main thread may be in a step that never ends
 
 
 def main(descriptor: int) -> None:
@@ -206,21 +205,33 @@ def main(descriptor: int) -> None:
     threading.Thread(target=_listen, args=(channel, inbox), daemon=True).start()
     try:
         spec = inbox.get()
-        torch.set_num_threads(spec.num_threads)
+        _prepare(spec)
         host = Host(spec)
-        try:
-            _say(channel, [(None, Ready(host.limits, host.addresses))])
-            host.run(inbox, channel)
-        finally:
-            host.close()
+        _say(channel, [(None, Ready(host.limits, host.addresses))])
+        host.run(inbox, channel)
+        host.close()
     except Exception as error:
         _say(channel, [(None, Failed(_tellable(error)))])
-        sys.exit(1)
+        _leave(1)
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """At once: the interpreter's own way out takes its time, and trips over a device that is broken."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _prepare(spec: HostSpec) -> None:
+    torch.set_num_threads(spec.num_threads)
+    if torch.device(spec.device).type == "cuda":
+        torch.cuda.set_device(spec.device)  # or events, pinned memory and a context of this process would be on GPU 0
+        load_kernels()  # may compile for a minute, which a step must not
 
 
 def _tellable(error: Exception) -> Exception:
     """What the user can put right, as it is; anything else by its name, with the rest on stderr."""
-    if isinstance(error, (ConfigError, ModelError, OSError)):
+    if isinstance(error, (ConfigError, ModelError, TransferError, OSError)):
         return error
     traceback.print_exception(error)
     return RuntimeError(f"{type(error).__name__}: {error}")

@@ -11,6 +11,8 @@ import torch
 from nanopd.block_manager.cache import KVCache
 from nanopd.workers.transfer import LocalTransport, TransferError, Transport
 
+TRANSPORTS = ("auto", "peer", "relay", "collective")
+
 
 @dataclass(frozen=True)
 class Address:

@@ -139,7 +139,8 @@ class ProcessExecutor:
 
     def _start(self, specs: list[HostSpec]) -> None:
         for spec in specs:
-            self._hosts.append(HostProcess(spec))
+            with uninterrupted():
+                self._hosts.append(HostProcess(spec))
         self._await_ready()
         addresses = {worker_id: address for host in self._hosts for worker_id, address in host.ready.addresses.items()}
         for host in self._hosts:
