@@ -18,12 +18,12 @@ from nanopd.engine.limits import Limits
 from nanopd.messages import History, Status
 from nanopd.models.loader import load_tokenizer
 from nanopd.router.central_scheduler import TIMELINES_KEPT, CentralScheduler, Timeline
-from nanopd.workers.channel import uninterrupted
 from nanopd.workers.executors import InlineExecutor
 from nanopd.workers.host import HostSpec, build_workers
 from nanopd.workers.links import TRANSPORTS
 from nanopd.workers.process import ProcessExecutor
 from nanopd.workers.transfer import LocalTransport, Transport
+from nanopd.workers.wire import uninterrupted
 from nanopd.workers.worker import Worker
 
 EXECUTORS = ("inline", "process")

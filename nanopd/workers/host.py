@@ -27,9 +27,9 @@ from nanopd.engine.limits import Limits
 from nanopd.messages import FromWorker, Ping, Pong, Tokens, ToWorker
 from nanopd.models.loader import ModelError, load_model
 from nanopd.paged_attention.build import load_kernels
-from nanopd.workers.channel import Channel, wait_for_room
 from nanopd.workers.links import Address, Links
 from nanopd.workers.transfer import TransferError, Transport
+from nanopd.workers.wire import Wire, wait_for_room
 from nanopd.workers.worker import Worker
 
 NOTHING_RAN = 0.005  # seconds until a worker whose requests all wait for blocks looks again
@@ -121,17 +121,17 @@ class Host:
     def limits(self) -> dict[str, Limits]:
         return {worker_id: worker.engine.limits for worker_id, worker in self.workers.items()}
 
-    def run(self, inbox: queue.SimpleQueue[ToHost], channel: Channel) -> None:
+    def run(self, inbox: queue.SimpleQueue[ToHost], wire: Wire) -> None:
         """Serve until told to stop. Raises RuntimeError where the device is broken: what ran here can run elsewhere."""
         patience: float | None = None  # seconds to wait for mail; None: nobody has work, so for as long as it takes
-        while self._take_mail(inbox, channel, patience):
-            ran = [self._step(worker, channel) for worker in self.workers.values() if worker.has_work]
+        while self._take_mail(inbox, wire, patience):
+            ran = [self._step(worker, wire) for worker in self.workers.values() if worker.has_work]
             patience = (0.0 if any(ran) else NOTHING_RAN) if ran else None
 
     def close(self) -> None:
         self.links.close()
 
-    def _take_mail(self, inbox: queue.SimpleQueue[ToHost], channel: Channel, patience: float | None) -> bool:
+    def _take_mail(self, inbox: queue.SimpleQueue[ToHost], wire: Wire, patience: float | None) -> bool:
         """Hand out what has come. Returns whether to go on."""
         try:
             worker_id, message = inbox.get(timeout=patience) if patience != 0 else inbox.get_nowait()
@@ -141,12 +141,12 @@ class Host:
                 elif isinstance(message, Stop):
                     return False
                 else:
-                    self._take_own(message, channel)
+                    self._take_own(message, wire)
                 worker_id, message = inbox.get_nowait()
         except queue.Empty:
             return True
 
-    def _take_own(self, message: Learn | Forget | Ping, channel: Channel) -> None:
+    def _take_own(self, message: Learn | Forget | Ping, wire: Wire) -> None:
         match message:
             case Learn():
                 self.links.learn(message.addresses)
@@ -154,9 +154,9 @@ class Host:
                 for worker_id in message.worker_ids:
                     self.links.forget(worker_id)
             case Ping():
-                _say(channel, [(None, Pong())])
+                _say(wire, [(None, Pong())])
 
-    def _step(self, worker: Worker, channel: Channel) -> bool:
+    def _step(self, worker: Worker, wire: Wire) -> bool:
         """Returns whether there was anything to do, other than to wait for blocks."""
         steps_before = worker.engine.num_steps
         worker.step()
@@ -164,7 +164,7 @@ class Host:
         worker.outbox.clear()
         _raise_if_broken(messages)
         if said_something:
-            _say(channel, [(worker.worker_id, message) for message in messages])
+            _say(wire, [(worker.worker_id, message) for message in messages])
         return said_something or worker.engine.num_steps > steps_before or bool(worker.transfers)
 
 
@@ -176,18 +176,18 @@ def _raise_if_broken(messages: list[FromWorker]) -> None:
                 raise RuntimeError(event.error)
 
 
-def _say(channel: Channel, messages: list[FromHost]) -> None:
-    channel.send(messages)
-    wait_for_room(channel)
+def _say(wire: Wire, messages: list[FromHost]) -> None:
+    wire.send(messages)
+    wait_for_room(wire)
 
 
-def _listen(channel: Channel, inbox: queue.SimpleQueue[Any]) -> None:
+def _listen(wire: Wire, inbox: queue.SimpleQueue[Any]) -> None:
     """Take in what the parent says, so that it never waits for a step to end."""
     stopping = False
     while True:
-        wait([channel])
+        wait([wire])
         try:
-            for message in channel.receive():
+            for message in wire.receive():
                 inbox.put(message)
                 stopping = isinstance(message, tuple) and isinstance(message[1], Stop)
         except EOFError:
@@ -200,18 +200,18 @@ def main(descriptor: int) -> None:
     """The process. `descriptor` is its end of the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     os.set_inheritable(descriptor, False)
-    channel = Channel(socket.socket(fileno=descriptor))
+    wire = Wire(socket.socket(fileno=descriptor))
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(channel, inbox), daemon=True).start()
+    threading.Thread(target=_listen, args=(wire, inbox), daemon=True).start()
     try:
         spec = inbox.get()
         _prepare(spec)
         host = Host(spec)
-        _say(channel, [(None, Ready(host.limits, host.addresses))])
-        host.run(inbox, channel)
+        _say(wire, [(None, Ready(host.limits, host.addresses))])
+        host.run(inbox, wire)
         host.close()
     except Exception as error:
-        _say(channel, [(None, Failed(_tellable(error)))])
+        _say(wire, [(None, Failed(_tellable(error)))])
         _leave(1)
     _leave(0)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import nanopd
 from nanopd.engine.limits import Limits
 from nanopd.messages import AskHistory, AskStatus, FromWorker, History, Lost, Ping, Pong, Status, ToWorker
-from nanopd.workers.channel import Channel, uninterrupted, wait_for
 from nanopd.workers.host import Failed, Forget, FromHost, HostSpec, Learn, Ready, Stop, ToHost
+from nanopd.workers.wire import Wire, uninterrupted, wait_for
 
 PING_AFTER = 5.0  # seconds of silence
 WATCH_EVERY = 1.0  # seconds, at most, between two looks at who is silent
@@ -35,23 +35,23 @@ class HostProcess:
         self.pinged: float | None = None  # when it was asked for a sign of life that has not come yet
         ours, theirs = socket.socketpair()
         with theirs:
-            self.channel = Channel(ours)
+            self.wire = Wire(ours)
             descriptor = theirs.fileno()
             # A session of its own: Ctrl-C on the terminal does not reach it.
             self.process = subprocess.Popen(
                 [sys.executable, "-c", f"from nanopd.workers.host import main; main({descriptor})"], pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL, start_new_session=True, env=_environment())
-        self.channel.send(spec)
+        self.wire.send(spec)
 
     def __str__(self) -> str:
         return f"{', '.join(self.worker_ids)} on {self.spec.device}"
 
     def tell(self, message: ToHost) -> None:
-        self.channel.send(message)
+        self.wire.send(message)
 
     def receive(self) -> list[tuple[str | None, FromHost]]:
         """What it has said. Raises EOFError once it has gone and all was heard."""
-        messages = [message for batch in self.channel.receive() for message in batch]
+        messages = [message for batch in self.wire.receive() for message in batch]
         if messages:
             self.heard, self.pinged = time.monotonic(), None
         return messages
@@ -74,7 +74,7 @@ class HostProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
-        self.channel.close()
+        self.wire.close()
         if self.error is not None:
             return str(self.error)
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with exit code {code}"
@@ -152,7 +152,7 @@ class ProcessExecutor:
     def _await_ready(self) -> None:
         begun, shown = time.monotonic(), False
         while missing := [host for host in self._hosts if host.ready is None]:
-            wait_for([host.channel for host in missing], QUIET_START)
+            wait_for([host.wire for host in missing], QUIET_START)
             for host in missing:
                 self._hear_of_start(host)
             if not shown and time.monotonic() - begun > QUIET_START:
@@ -173,13 +173,13 @@ class ProcessExecutor:
 
     def _exchange(self, timeout: float) -> None:
         """Wait until a host says something, at most `timeout` seconds; take in what all have said; look for the dead."""
-        wait_for([host.channel for host in self._hosts], min(timeout, WATCH_EVERY))
+        wait_for([host.wire for host in self._hosts], min(timeout, WATCH_EVERY))
         with uninterrupted():
             for host in list(self._hosts):
                 self._listen(host)
 
     def _listen(self, host: HostProcess) -> None:
-        host.channel.flush()
+        host.wire.flush()
         try:
             for worker_id, message in host.receive():
                 self._take(host, worker_id, message)
@@ -227,7 +227,7 @@ def _stop(hosts: list[HostProcess], owner: int) -> None:
         return  # a fork of the owner: they are not its to stop
     for host in hosts:
         host.tell((None, Stop()))
-        host.channel.close()
+        host.wire.close()
         if host.ready is None:
             host.process.kill()  # it loads a model that nobody waits for
     deadline = time.monotonic() + GRACE

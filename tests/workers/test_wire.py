@@ -10,14 +10,14 @@ from multiprocessing.connection import wait
 
 import pytest
 
-from nanopd.workers.channel import Channel, uninterrupted, wait_for, wait_for_room
+from nanopd.workers.wire import Wire, uninterrupted, wait_for, wait_for_room
 
 BIG = 8 * 2**20  # bytes: far more than a socket holds
 
 
 @pytest.fixture
 def ends():
-    both = [Channel(end) for end in socket.socketpair()]
+    both = [Wire(end) for end in socket.socketpair()]
     yield both
     for end in both:
         end.close()

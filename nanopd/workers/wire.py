@@ -19,7 +19,7 @@ LENGTH = struct.Struct("!Q")
 PIECE = 2**18  # bytes for the socket at a time
 
 
-class Channel:
+class Wire:
     """Whole messages, in order. Never waits: what the socket does not take is kept, and `flush` tries again.
 
     One thread may receive while another sends.
@@ -90,21 +90,21 @@ class Channel:
         del self._incoming[:start]
 
 
-def wait_for(channels: Iterable[Channel], timeout: float | None = None) -> None:
+def wait_for(wires: Iterable[Wire], timeout: float | None = None) -> None:
     """Sleep until one of them has something to receive or room for what it could not send, or `timeout` seconds."""
     poll = select.poll()
-    for channel in channels:
-        poll.register(channel, select.POLLIN | (select.POLLOUT if channel.has_unsent else 0))
+    for wire in wires:
+        poll.register(wire, select.POLLIN | (select.POLLOUT if wire.has_unsent else 0))
     poll.poll(None if timeout is None else timeout * 1000)
 
 
-def wait_for_room(channel: Channel) -> None:
-    """Sleep until the channel has sent everything, or its other end is gone."""
+def wait_for_room(wire: Wire) -> None:
+    """Sleep until the wire has sent everything, or its other end is gone."""
     poll = select.poll()
-    poll.register(channel, select.POLLOUT)
-    while channel.has_unsent:
+    poll.register(wire, select.POLLOUT)
+    while wire.has_unsent:
         poll.poll()
-        channel.flush()
+        wire.flush()
 
 
 @contextmanager
