@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanopd.cluster import Cluster
     from nanopd.config import ConfigError, Topology
     from nanopd.core import (
         BeamSearchParams,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
         SamplingParams,
         TokenEvent,
     )
-    from nanopd.llm import LLM, Cluster
+    from nanopd.llm import LLM
     from nanopd.models.resolve import ModelError
     from nanopd.workbook.check import check
     from nanopd.workbook.predict import predict
@@ -57,12 +58,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "nanopd.cluster": ("Cluster",),
     "nanopd.config": ("ConfigError", "Topology"),
     "nanopd.core": (
         "BeamSearchParams", "CompletionOutput", "FinishReason", "InvalidRequest", "Overloaded", "Request",
         "RequestMetrics", "RequestOutput", "SamplingParams", "TokenEvent",
     ),
-    "nanopd.llm": ("LLM", "Cluster"),
+    "nanopd.llm": ("LLM",),
     "nanopd.models.resolve": ("ModelError",),
     "nanopd.workbook.check": ("check",),
     "nanopd.workbook.predict": ("predict",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 
@@ -124,6 +125,17 @@ class Topology:
             placements.append(Placement(role, "cpu" if device == "cpu" else f"cuda:{int(device)}"))
         _require(bool(placements), "a topology needs at least one worker, for example 'C:cpu'")
         return cls(tuple(placements))
+
+    @property
+    def workers(self) -> dict[str, Placement]:
+        """By worker id: a role's letter and a number, "C0", "P0", "P1", "D0", ..."""
+        numbers = {role: count() for role in ROLES}
+        return {f"{placement.role}{next(numbers[placement.role])}": placement for placement in self.placements}
+
+    @property
+    def devices(self) -> list[str]:
+        """Each once, in the order they are first named."""
+        return list(dict.fromkeys(placement.device for placement in self.placements))
 
     def check_mode(self, mode: str) -> None:
         """Raises ConfigError where `mode` is unknown or needs a role that is not there."""

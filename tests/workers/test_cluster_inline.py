@@ -23,11 +23,11 @@ from workers.serving import (
 )
 
 from nanopd.block_manager.cache import KVCache
+from nanopd.cluster import Cluster
 from nanopd.config import ConfigError
 from nanopd.core import BeamSearchParams, FinishReason, InvalidRequest, SamplingParams
 from nanopd.engine.limits import Limits
 from nanopd.engine.runner import ModelRunner
-from nanopd.llm import Cluster
 from nanopd.workers.transfer import LocalTransport
 
 
