@@ -125,8 +125,10 @@ class Client:
                   or status.num_leases or status.num_transfers for status in self.cluster.status().values()):
             self.step()
 
-    def steps(self, worker_id: str) -> list[StepRecord]:
-        return self.cluster.history()[worker_id].steps
+    def steps(self, since: float, worker_ids: tuple[str, ...]) -> list[list[StepRecord]]:
+        """Each worker's, of those that began at `since` or later."""
+        history = self.cluster.history(since)
+        return [history[worker_id].steps for worker_id in worker_ids]
 
 
 # -------------------------------------------------------------------------------------------- one request at a time
@@ -165,6 +167,7 @@ def idle_rows(client: Client, case: Case, modes: tuple[str, ...]) -> Iterator[di
 
 
 def _lone(client: Client, case: Case, length: int, modes: tuple[str, ...]) -> dict[str, Lone]:
+    begin = time.monotonic()
     found = {mode: Lone() for mode in modes}
     asked = []
     for number in range(case.repeats + 1):  # the first of each is for warming up
@@ -177,7 +180,7 @@ def _lone(client: Client, case: Case, length: int, modes: tuple[str, ...]) -> di
                 asked.append((mode, request_id))
             client.await_tokens([request_id], 4)
             client.clear()
-    history = client.cluster.history()
+    history = client.cluster.history(begin)
     for mode, request_id in asked:
         path = client.cluster.timeline(request_id).path
         prefills = [step for step in history[path[0]].steps if request_id in _rows(step, "prefill")]
@@ -232,14 +235,14 @@ def _decode_periods(client: Client, case: Case, mode: str, streaming: bool) -> t
     end = time.monotonic()
     client.clear()
     workers = ("D0",) if mode == PD else ("C0", "C1")
-    periods = [period for worker_id in workers
-               for period in _periods(client.steps(worker_id), begin, end, case.decodes // len(workers))]
+    periods = [period for steps in client.steps(begin, workers)
+               for period in _periods(steps, end, case.decodes // len(workers))]
     return periods, num_prompts
 
 
-def _periods(steps: list[StepRecord], begin: float, end: float, decodes: int) -> list[float]:
+def _periods(steps: list[StepRecord], end: float, decodes: int) -> list[float]:
     return [_end(step) - _end(before) for before, step in zip(steps, steps[1:])
-            if begin <= _end(before) and _end(step) <= end and len(_rows(step, "decode")) >= decodes]
+            if _end(step) <= end and len(_rows(step, "decode")) >= decodes]
 
 
 # ------------------------------------------------------------------------------------------------------ throughput
@@ -268,20 +271,23 @@ def throughput_row(client: Client, case: Case) -> dict[str, Any]:
 
 def _prefill_time(client: Client, case: Case) -> float:
     progress(f"P alone: {case.clients} prompts of {case.client_prompt}")
+    begin = time.monotonic()
     asked = {client.send(case.client_prompt, 1, PD) for _ in range(case.clients)}
     client.await_tokens(asked, 1)
     client.clear()
-    return sum(step.duration for step in client.steps("P0") if asked & _rows(step, "prefill")) / case.clients
+    steps, = client.steps(begin, ("P0",))
+    return sum(step.duration for step in steps if asked & _rows(step, "prefill")) / case.clients
 
 
 def _decode_time(client: Client, case: Case) -> float:
     progress(f"decode alone: {case.clients} sequences on each worker")
+    begin = time.monotonic()
     asked = {client.send(case.client_prompt, case.client_answer, C) for _ in range(2 * case.clients)}
     client.await_tokens(asked, case.client_answer)
     client.clear()
-    steps = [step.duration for worker_id in ("C0", "C1") for step in client.steps(worker_id)
+    found = [step.duration for steps in client.steps(begin, ("C0", "C1")) for step in steps
              if len(_rows(step, "decode") & asked) == len(step.rows) == case.clients]
-    return (case.client_answer - 1) * statistics.median(steps) / case.clients
+    return (case.client_answer - 1) * statistics.median(found) / case.clients
 
 
 def _closed_loop(client: Client, case: Case, mode: str) -> float:

@@ -125,9 +125,9 @@ class ProcessExecutor:
         """How each living worker is doing."""
         return self._ask(AskStatus())  # type: ignore[return-value]
 
-    def history(self) -> dict[str, History]:
-        """What each living worker has done lately."""
-        return self._ask(AskHistory())  # type: ignore[return-value]
+    def history(self, since: float = 0.0) -> dict[str, History]:
+        """What each living worker has done lately, of that what began at `since` or later."""
+        return self._ask(AskHistory(since))  # type: ignore[return-value]
 
     def close(self) -> None:
         """End all processes. Waits until they are over."""
