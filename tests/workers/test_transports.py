@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from workers.far_end import GLOO, LAYERS, Handle, fill, leftovers, make_cache
 from workers.serving import MIX, assert_nothing_leaked, assert_tokens_equal_reference, serve_mix
 
+from nanopd.block_manager.cache import KVCache
 from nanopd.config import ConfigError
 from nanopd.workers import channel
 from nanopd.workers.checksum import checksum
@@ -232,8 +233,8 @@ def test_nothing_is_written_after_a_killed_sender_is_forgotten(pair, transport, 
         unpack(*arguments)
 
     near, far = pair(transport, far_id="P1", near_id="D1")
-    unpack = near.cache.unpack
-    monkeypatch.setattr(near.cache, "unpack", slow_unpack)
+    unpack = KVCache.unpack
+    monkeypatch.setattr(KVCache, "unpack", slow_unpack)
     far.fill(2)
     for _ in range(30):
         far.send("D1", range(LAYERS), [0, 1, 2], [0, 1, 2])
