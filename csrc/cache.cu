@@ -26,7 +26,7 @@ struct MoveArguments {
 // Moves units of 16 bytes, or of 2 for blocks that are no multiple of 16.
 template <typename Unit>
 __global__ void move_blocks_kernel(const MoveArguments a) {
-    wait_for_previous();  // and the next waits for all of this: decode_attention would read blocks early
+    wait_for_previous();  // and nothing may start early: decode_attention reads blocks before it waits
     const int64_t warps = int64_t(gridDim.x) * (threads / 32);
     const int lane = threadIdx.x % 32;
     for (int64_t p = (int64_t(blockIdx.x) * threads + threadIdx.x) / 32; p < a.pieces; p += warps) {

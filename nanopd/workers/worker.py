@@ -95,6 +95,17 @@ class Worker:
         self._emit(self.engine.step())
         self._finish_transfers()
 
+    def status(self) -> Status:
+        """How the worker is doing."""
+        scheduler = self.engine.scheduler
+        return Status(
+            self.role, os.getpid(), self.manager.num_blocks, self.manager.num_free_blocks, len(scheduler.waiting),
+            len(scheduler.running), len(self._leases), len(self.transfers))
+
+    def history(self) -> History:
+        """What the worker has done lately."""
+        return History(list(self.engine.history), list(self.sent))
+
     # ------------------------------------------------------------------------------------------ handlers
 
     def _serve(self, message: Serve) -> None:
@@ -154,13 +165,10 @@ class Worker:
         self.outbox.append(Pong())
 
     def _tell_status(self, message: AskStatus) -> None:
-        scheduler = self.engine.scheduler
-        self.outbox.append(Status(
-            self.role, os.getpid(), self.manager.num_blocks, self.manager.num_free_blocks, len(scheduler.waiting),
-            len(scheduler.running), len(self._leases), len(self.transfers)))
+        self.outbox.append(self.status())
 
     def _tell_history(self, message: AskHistory) -> None:
-        self.outbox.append(History(list(self.engine.history), list(self.sent)))
+        self.outbox.append(self.history())
 
     # ----------------------------------------------------------------------------------------- transfers
 
