@@ -352,7 +352,7 @@ void reach(int other, const char* name) {
 
 // Runs where the ids lie, or on the target's device where there are none.
 void move_blocks_op(const Tensor& target_, const std::optional<Tensor>& target_ids_, const Tensor& source_,
-                    const std::optional<Tensor>& source_ids_) {
+                    const std::optional<Tensor>& source_ids_, int64_t max_thread_blocks) {
     const Argument target(target_, "target"), source(source_, "source");
     const Blocks to(target), from(source);
     source.type(target_.scalar_type());
@@ -374,13 +374,16 @@ void move_blocks_op(const Tensor& target_, const std::optional<Tensor>& target_i
     const int64_t* target_ids = ids(target_ids_, "target_ids", to);
     const int64_t* source_ids = ids(source_ids_, "source_ids", from);
     require(count <= INT_MAX && to.planes <= INT_MAX, "target has too many blocks");
+    require(max_thread_blocks >= 0 && max_thread_blocks <= INT_MAX, "max_thread_blocks must be positive, or 0 for no limit, but is ",
+            max_thread_blocks);
 
     where.on_cuda();
     const On on(where);
     for (const Argument* side : {&target, &source})
         if (side->tensor().get_device_index() != on.device()) reach(side->tensor().get_device_index(), side->name());
     On::check(move_blocks(target.data(), target_ids, to.plane_bytes, source.data(), source_ids, from.plane_bytes,
-                          static_cast<int>(to.planes), static_cast<int>(count), to.block_bytes, on.stream()), "move_blocks");
+                          static_cast<int>(to.planes), static_cast<int>(count), to.block_bytes,
+                          static_cast<int>(max_thread_blocks), on.stream()), "move_blocks");
 }
 
 // ------------------------------------------------------------------------------------------------------- attention
@@ -515,7 +518,8 @@ STABLE_TORCH_LIBRARY(nanopd, m) {
     m.def("embed(Tensor(a!) out, Tensor(b!) cos, Tensor(c!) sin, Tensor token_ids, Tensor positions, Tensor last_drawn, "
           "Tensor weight, Tensor cos_table, Tensor sin_table) -> ()");
     m.def("greedy_sample(Tensor(a!) token_ids, Tensor(b!) logprobs, Tensor(c!) broken, Tensor logits) -> ()");
-    m.def("move_blocks(Tensor(a!) target, Tensor? target_ids, Tensor source, Tensor? source_ids) -> ()");
+    m.def("move_blocks(Tensor(a!) target, Tensor? target_ids, Tensor source, Tensor? source_ids, "
+          "int max_thread_blocks=0) -> ()");
     m.def("naive_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, "
           "Tensor query_starts, Tensor context_lens, float scale) -> ()");
     m.def("plan_decode(Tensor(a!) plan, Tensor context_lens, int block_size, int heads, int kv_heads, int head_dim, "

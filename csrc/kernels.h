@@ -96,10 +96,11 @@ cudaError_t greedy_sample(int64_t* token_ids, float* logprobs, bool* broken, con
 
 // Copy n blocks of `block_bytes` (an even number) in each of `planes` planes, source_ids[i] to target_ids[i].
 // Plane p of the source begins p * source_plane_bytes after `source`, likewise the target's; a null id list means
-// 0..n-1. Source and target may lie on different GPUs that can reach each other. One launch.
+// 0..n-1. Source and target may lie on different GPUs that can reach each other. One launch, of at most
+// `max_thread_blocks` thread blocks (0: as many as fill the GPU), for copies beside which something else shall run.
 cudaError_t move_blocks(void* target, const int64_t* target_ids, int64_t target_plane_bytes, const void* source,
                         const int64_t* source_ids, int64_t source_plane_bytes, int planes, int num_blocks,
-                        int64_t block_bytes, cudaStream_t stream);
+                        int64_t block_bytes, int max_thread_blocks, cudaStream_t stream);
 
 // --------------------------------------------------------------------------------------- naive_attention.cu
 

@@ -59,7 +59,7 @@ def greedy_sample(logits, out=None):
     return out
 
 
-def move_blocks(target, target_ids, source, source_ids):
+def move_blocks(target, target_ids, source, source_ids, max_thread_blocks=0):
     axis = target.dim() - 4
     moved = source if source_ids is None else source.index_select(axis, source_ids)
     ids = torch.arange(moved.shape[axis]) if target_ids is None else target_ids

@@ -88,17 +88,19 @@ def greedy_sample(logits: Tensor, out: tuple[Tensor, Tensor, Tensor] | None = No
     return out
 
 
-def move_blocks(target: Tensor, target_ids: Tensor | None, source: Tensor, source_ids: Tensor | None) -> None:
+def move_blocks(target: Tensor, target_ids: Tensor | None, source: Tensor, source_ids: Tensor | None,
+                max_thread_blocks: int = 0) -> None:
     """Copy blocks of [..., blocks, block_size, kv_heads, head_dim], in all planes that stand before `blocks`.
 
     Without ids they are blocks 0, 1, 2... The two may be the same tensor if no block is both read and written, and
-    may lie on two GPUs; the copy runs where the ids are.
+    may lie on two GPUs; the copy runs where the ids are, and on no more thread blocks than told (0: as many as fill
+    the GPU), so that others can run beside it.
     """
     if DEBUG:
         for name, ids, blocks in (("target_ids", target_ids, target), ("source_ids", source_ids, source)):
             if ids is not None:
                 _require_range(name, ids, 0, blocks.shape[-4])
-    _ops.move_blocks(target, target_ids, source, source_ids)
+    _ops.move_blocks(target, target_ids, source, source_ids, max_thread_blocks)
 
 
 # --------------------------------------------------------------------------------------------------------- attention
