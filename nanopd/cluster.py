@@ -6,18 +6,21 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanopd.client import Client
+from nanopd.client import Client, Prompt, Stream
 from nanopd.config import ConfigError, Topology
-from nanopd.core import Request, TokenEvent
+from nanopd.core import Request, SamplingParams, TokenEvent
 from nanopd.engine.factory import EngineOptions, give_back_memory, resolve_device
 from nanopd.engine.limits import Limits
 from nanopd.messages import History, Status
 from nanopd.models.loader import load_tokenizer
-from nanopd.router.central_scheduler import TIMELINES_KEPT, CentralScheduler, Timeline
+from nanopd.router.central_scheduler import TIMELINES_KEPT, CentralScheduler
+from nanopd.router.timeline import Timeline
+from nanopd.router.trace import save_trace
 from nanopd.workers.executors import InlineExecutor
 from nanopd.workers.host import HostSpec, build_workers
 from nanopd.workers.links import TRANSPORTS
@@ -27,6 +30,7 @@ from nanopd.workers.wire import uninterrupted
 from nanopd.workers.worker import Worker
 
 EXECUTORS = ("inline", "process")
+POLL_FOR = 0.05  # seconds; as long may Ctrl-C wait
 
 
 class Cluster(Client):
@@ -41,12 +45,13 @@ class Cluster(Client):
         transport: how KV caches travel between processes: "auto" takes the best that a pair of devices can do.
         checksums: send the checksum of each prompt's KV along, and compare.
         hang_timeout: seconds without a sign of life after which a process is given up and killed.
+        max_queued: how many requests may be open at once; one more raises Overloaded.
         options: see `EngineOptions`: max_model_len, max_num_seqs, max_num_batched_tokens, block_size, ...
     """
 
     def __init__(self, model: str = "tiny", topology: str = "P:cpu D:cpu", mode: str = "disaggregated", *,
                  executor: str | None = None, transport: str = "auto", checksums: bool = False, hang_timeout: float = 60.0,
-                 dtype: str | torch.dtype | None = None, load_format: str = "auto", seed: int = 0, **options: Any) -> None:
+                 max_queued: int = 16_384, dtype: str | torch.dtype | None = None, load_format: str = "auto", seed: int = 0, **options: Any) -> None:
         self.topology = Topology.parse(topology)
         self.topology.check_mode(mode)
         self.mode = mode
@@ -65,7 +70,8 @@ class Cluster(Client):
             self._executor: InlineExecutor | ProcessExecutor = _inline(self.topology, spec)
         else:
             self._executor = ProcessExecutor(_hosts(self.topology, spec), hang_timeout)
-        self._central = CentralScheduler(self._executor, mode, Limits.tightest(self._executor.limits.values()))
+        self._central = CentralScheduler(self._executor, mode, Limits.tightest(self._executor.limits.values()),
+                                         max_queued=max_queued)
 
     @property
     def workers(self) -> dict[str, Worker]:
@@ -77,6 +83,21 @@ class Cluster(Client):
     @property
     def limits(self) -> Limits:
         return self._central.limits
+
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, timeout: float | None = None,
+               mode: str | None = None) -> Stream:
+        """Queue one prompt, a text or {"prompt_token_ids": [...]}. Returns its stream at once.
+
+        Args:
+            timeout: seconds; when they are over, what is unfinished of the request ends with an error.
+            mode: the pipeline of this request, where it is not to be the cluster's.
+
+        Raises:
+            InvalidRequest: it can't be served; the message says why.
+            Overloaded: `max_queued` requests are open.
+        """
+        request = self._make_request(prompt, sampling_params or SamplingParams(), timeout=timeout)
+        return self._submit(request, mode=mode)
 
     def step(self) -> list[TokenEvent]:
         with self._undivided():
@@ -94,6 +115,17 @@ class Cluster(Client):
         """What each living worker has done lately, by its id: its steps, and the transfers that left it."""
         return self._executor.history()
 
+    def set_role(self, worker_id: str, role: str) -> None:
+        """Give a worker another role ("C", "P" or "D"), while requests flow: it ends what it has, and changes then.
+
+        Raises ConfigError if there is no such worker or role, or if a role would be left without a worker.
+        """
+        self._central.set_role(worker_id, role)
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write what the latest requests and the workers did as a Chrome trace, for https://ui.perfetto.dev."""
+        save_trace(path, self._central.timelines, self.history())
+
     def timeline(self, request_id: str) -> Timeline:
         """The request's path through the workers, and when it got where."""
         if request_id not in self._central.timelines:
@@ -110,13 +142,13 @@ class Cluster(Client):
         self._executor.close()
         give_back_memory()
 
-    def _start(self, request: Request) -> None:
+    def _start(self, request: Request, mode: str | None = None) -> None:
         if self._is_shut_down:
             raise RuntimeError("this cluster has been shut down: make a new one")
-        self._central.submit(request)
+        self._central.submit(request, mode)
 
     def _advance(self) -> list[TokenEvent]:
-        events = self._central.step()
+        events = self._central.step(POLL_FOR)
         if not events and self.has_work and not self._central.has_work:
             raise RuntimeError("requests are open, but no worker knows of them: a request was lost")
         return events

@@ -93,7 +93,7 @@ class SchedulerConfig:
 
 
 ROLES = {"C": "collocated", "P": "prefill", "D": "decode"}
-MODES = ("collocated", "disaggregated")
+MODES = {"collocated": ("C",), "disaggregated": ("P", "D")}  # and the roles each needs
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ class Topology:
         """Raises ConfigError where `mode` is unknown or needs a role that is not there."""
         _require(mode in MODES, f"unknown mode {mode!r}; modes are {', '.join(MODES)}")
         roles = {placement.role for placement in self.placements}
-        needed = {"collocated": {"C"}, "disaggregated": {"P", "D"}}[mode]
-        _require(needed <= roles, f"mode {mode!r} needs workers of role {' and '.join(sorted(needed))}; "
+        needed = MODES[mode]
+        _require(roles.issuperset(needed), f"mode {mode!r} needs workers of role {' and '.join(sorted(needed))}; "
                  f"the topology {self} has {' '.join(sorted(roles))}")
 
     def __str__(self) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from workers.fake_cluster import assert_nothing_in_hand
 
 from nanopd.core import FinishReason, InvalidRequest, Request, SamplingParams, TokenEvent
 from nanopd.engine.limits import Limits
 from nanopd.messages import (
     Cancel,
     Destination,
-    Written,
     Granted,
     Prefill,
     Prefilled,
@@ -20,6 +20,7 @@ from nanopd.messages import (
     Serve,
     Tokens,
     WriteEnded,
+    Written,
 )
 from nanopd.router.central_scheduler import CentralScheduler, Stage
 
@@ -37,7 +38,7 @@ class Script:
     def send(self, worker_id, message):
         self.sent.append((worker_id, message))
 
-    def poll(self):
+    def poll(self, timeout=0.0):
         says, self.says = self.says, []
         return says
 
@@ -67,8 +68,7 @@ class Script:
         return self.central._entries[name].stage
 
     def assert_empty(self):
-        assert not self.central.has_work and not self.central._queue
-        assert set(self.central._load.values()) <= {0}, self.central._load
+        assert_nothing_in_hand(self.central)
 
 
 def name_of(message):
@@ -134,18 +134,50 @@ def test_collocated_requests_go_to_the_least_loaded():
     script.assert_empty()
 
 
-def test_a_refused_request_asks_the_next_worker_then_starts_over():
+def test_a_refused_request_asks_the_next_worker_then_whoever_has_news():
     script = Script("P0 D0 D1")
     script.submit("a")
-    for _ in range(2):
-        script.step(script.refuse("D0", "a"))
-        script.step(script.refuse("D1", "a"))
-        assert [worker_id for worker_id, _, _ in script.told()] == ["D0", "D1"]
-    assert script.central.timelines["a"].num_refusals == 4
+    script.step(script.refuse("D0", "a"))
+    script.step(script.refuse("D1", "a"))
+    assert [worker_id for worker_id, _, _ in script.told()] == ["D0", "D1"]
+    script.step()
+    assert script.told() == []  # neither has anything new: asking again would only spin
+    script.step(("D1", tokens("another")))
+    script.step(script.refuse("D1", "a"))
+    assert script.told() == [("D1", "Reserve", "a")]
+    assert script.central.timelines["a"].num_refusals == 3
+    script.step(("D0", tokens("another")))
     script.step(script.grant("D0", "a"))
     script.central.cancel("a")
     script.step(("P0", WriteEnded("a", Destination("D0", 0, [7], 0))))
     script.assert_empty()
+
+
+def test_what_a_worker_was_told_after_it_was_asked_is_news_too():
+    """The blocks of one that is cancelled come back after the refusal, and D has nothing to say about that."""
+    script = Script("P0 D0")
+    where = in_prefill(script)
+    script.submit("b")
+    script.step()
+    script.central.cancel("a")
+    script.step(("P0", WriteEnded("a", where)))
+    script.told()
+    script.step(script.refuse("D0", "b"))
+    script.step(script.grant("D0", "b"))
+    assert script.told() == [("D0", "Reserve", "b"), ("P0", "Prefill", "b")]
+
+
+def test_a_worker_is_asked_for_no_more_than_it_can_seat():
+    script = Script("P0 D0")
+    script.submit("a", n=5)
+    script.submit("b", n=3)
+    script.submit("c")
+    script.step()
+    assert script.told() == [("D0", "Reserve", "a"), ("D0", "Reserve", "b")]
+    script.central.cancel("b")
+    script.step(script.refuse("D0", "b"))
+    script.step()
+    assert script.told() == [("D0", "Reserve", "c")]
 
 
 def test_a_refused_request_holds_back_those_behind_it_until_it_is_granted():
@@ -153,7 +185,9 @@ def test_a_refused_request_holds_back_those_behind_it_until_it_is_granted():
     script.submit("a")
     script.step(script.refuse("D0", "a"))
     script.submit("b")
+    script.step(("D0", tokens("another")))
     script.step(script.refuse("D0", "a"))
+    script.step(("D0", tokens("another")))
     assert script.told() == [("D0", "Reserve", "a")] * 2
     script.step(script.grant("D0", "a"))
     script.told()
@@ -216,7 +250,7 @@ def test_cancelled_in_decode():
     script.step(("P0", tokens("a")), ("P0", prefilled(where, "a")))
     script.told()
     script.central.cancel("a")
-    assert script.sent == [("P0", Cancel("a")), ("D0", Cancel("a"))]
+    assert script.sent == [("D0", Cancel("a"))]
     assert script.step(("D0", tokens("a", 6)), ("D0", tokens("a", None, FinishReason.ABORT))) == []
     script.assert_empty()
 
@@ -234,14 +268,15 @@ def test_what_ends_on_p_gives_its_lease_back(end):
 def test_of_several_answers_those_that_go_on_are_resumed():
     script = Script("P0 D0")
     where = in_prefill(script, n=3)
+    assert script.central.cancel("a", 2) == []  # it has not begun
+    events = script.step(("P0", tokens("a", index=0, end=STOP)), ("P0", tokens("a", index=1)), ("P0", tokens("a", index=2)))
+    assert [event.index for event in events] == [0, 1, 2]
     cancelled = script.central.cancel("a", 2)
-    assert [event.index for event in cancelled] == [2]
+    assert [event.index for event in cancelled] == [2] and script.sent == [("P0", Cancel("a", 2))]
     script.told()
-    events = script.step(("P0", tokens("a", index=0, end=STOP)), ("P0", tokens("a", index=1)), ("P0", tokens("a", index=2)),
-                         ("P0", prefilled(where, "a", (0, STOP), (1, None), (2, None))))
-    assert [event.index for event in events] == [0, 1]
+    script.step(("P0", prefilled(where, "a", (0, STOP), (1, None), (2, None))))
     (_, resume), = script.sent
-    assert [first.index for first in resume.written if first.finish_reason is None] == [1]
+    assert [(first.index, first.token_ids, first.finish_reason) for first in resume.written] == [(1, [5], None)]
     script.step(("D0", tokens("a", 6, STOP, index=1)))
     script.assert_empty()
 
