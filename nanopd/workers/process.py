@@ -131,7 +131,8 @@ class ProcessExecutor:
 
     def close(self) -> None:
         """End all processes. Waits until they are over."""
-        self._close()
+        with uninterrupted():
+            self._close()
         self.roles.clear()
         self._host_of.clear()
 
