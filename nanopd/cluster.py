@@ -111,9 +111,10 @@ class Cluster(Client):
         """How each living worker is doing, by its id."""
         return self._executor.status()
 
-    def history(self) -> dict[str, History]:
-        """What each living worker has done lately, by its id: its steps, and the transfers that left it."""
-        return self._executor.history()
+    def history(self, since: float = 0.0) -> dict[str, History]:
+        """What each living worker has done lately, by its id: its steps, and the transfers that left it. Of that what began
+        at `since` or later, on the monotonic clock."""
+        return self._executor.history(since)
 
     def set_role(self, worker_id: str, role: str) -> None:
         """Give a worker another role ("C", "P" or "D"), while requests flow: it ends what it has, and changes then.

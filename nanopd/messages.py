@@ -104,7 +104,9 @@ class AskStatus:
 
 @dataclass(frozen=True)
 class AskHistory:
-    """Answer with a History."""
+    """Answer with a History of what began at `since` or later, on the monotonic clock."""
+
+    since: float = 0.0
 
 
 # ----------------------------------------------------------------------------------- from a worker

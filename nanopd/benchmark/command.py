@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 HOT = "the GPU lowers its clock under heavy load: each compute-bound figure stands beside the matmul rate of that moment"
 TIMED = "kernels: CUDA graphs over rotating buffers, median of several replays"
+SENT = "wall time until the last byte is there, several sends in a row; scattered blocks of 16 tokens; median of several turns"
+STEPS = "one cluster holds both pipelines, P:0 D:1 and C:0 C:1; idle: one request at a time, the pipelines in turn"
 STEADY = "decode: wall time of engine.step() over consecutive steps; idle: outside of the steps' CUDA graphs"
 
 
@@ -98,7 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     scheduler.add_argument("--context", type=_positive, default=1024)
     scheduler.add_argument("--steps", type=_positive, default=200)
 
-    command("all", _all, "All of them, what heats the GPU last; about four minutes on an H200.")
+    transfer = command("transfer", _alone(_transfer), "Blocks of a KV cache from one GPU to another, by each transport.")
+    cluster = command("cluster", _alone(_cluster), "Prefill and decode on two GPUs: what the transfer costs, and what it gives.")
+    for two in (transfer, cluster):
+        two.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
+                         help="cpu: the embedded model in processes on the CPU, to see that it works")
+
+    command("all", _all, "All that need one GPU, what heats it last; about four minutes on an H200.")
     return parser
 
 
@@ -190,6 +198,21 @@ def _scheduler(options: argparse.Namespace) -> Found:
     return Found({}, rows, {}, ["steady decode, greedy, prefix cache on; one CPU core"])
 
 
+def _transfer(options: argparse.Namespace) -> Found:
+    _require_two_gpus("transfer", options.device)
+    from nanopd.benchmark import transfer
+
+    return Found(*transfer.run(transfer.CASES[options.device]), [SENT], on_cpu=options.device == "cpu")
+
+
+def _cluster(options: argparse.Namespace) -> Found:
+    _require_two_gpus("cluster", options.device)
+    from nanopd.benchmark import cluster
+
+    rows, summary = cluster.run(cluster.CASES[options.device])
+    return Found({}, rows, summary, [STEPS], on_cpu=options.device == "cpu")
+
+
 def _all(options: argparse.Namespace) -> int:
     """One after the other, each saved when it is done. One that fails does not keep the others from running."""
     _require_gpu("all")
@@ -217,6 +240,16 @@ def _require_gpu(bench: str, otherwise: str = "; `nanopd bench scheduler` runs a
 
     if not torch.cuda.is_available():
         raise CannotMeasure(f"`bench {bench}` needs a CUDA device, and torch sees none{otherwise}")
+
+
+def _require_two_gpus(bench: str, device: str) -> None:
+    import torch
+
+    from nanopd.benchmark.environment import CannotMeasure
+
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        raise CannotMeasure(f"`bench {bench}` needs two CUDA devices, and torch sees {torch.cuda.device_count()}; "
+                            f"`nanopd bench {bench} --device cpu` shows it on the CPU")
 
 
 class _Engines:

@@ -44,9 +44,9 @@ class InlineExecutor:
         """How each worker is doing."""
         return {worker_id: worker.status() for worker_id, worker in self.workers.items()}
 
-    def history(self) -> dict[str, History]:
-        """What each worker has done lately."""
-        return {worker_id: worker.history() for worker_id, worker in self.workers.items()}
+    def history(self, since: float = 0.0) -> dict[str, History]:
+        """What each worker has done lately, of that what began at `since` or later."""
+        return {worker_id: worker.history(since) for worker_id, worker in self.workers.items()}
 
     def close(self) -> None:
         """Let the workers go, with all that they hold."""

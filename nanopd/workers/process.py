@@ -40,7 +40,7 @@ class HostProcess:
             # A session of its own: Ctrl-C on the terminal does not reach it.
             self.process = subprocess.Popen(
                 [sys.executable, "-c", f"from nanopd.workers.host import main; main({descriptor})"], pass_fds=[descriptor],
-                stdin=subprocess.DEVNULL, start_new_session=True, env=_environment())
+                stdin=subprocess.DEVNULL, start_new_session=True, env=environment_of_child())
         self.wire.send(spec)
 
     def __str__(self) -> str:
@@ -125,9 +125,9 @@ class ProcessExecutor:
         """How each living worker is doing."""
         return self._ask(AskStatus())  # type: ignore[return-value]
 
-    def history(self) -> dict[str, History]:
-        """What each living worker has done lately."""
-        return self._ask(AskHistory())  # type: ignore[return-value]
+    def history(self, since: float = 0.0) -> dict[str, History]:
+        """What each living worker has done lately, of that what began at `since` or later."""
+        return self._ask(AskHistory(since))  # type: ignore[return-value]
 
     def close(self) -> None:
         """End all processes. Waits until they are over."""
@@ -237,7 +237,7 @@ def _stop(hosts: list[HostProcess], owner: int) -> None:
     hosts.clear()
 
 
-def _environment() -> dict[str, str]:
+def environment_of_child() -> dict[str, str]:
     """The child imports this nanopd, wherever it is, and nothing from the folder that it happens to run in."""
     paths = [str(Path(nanopd.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}

@@ -102,9 +102,10 @@ class Worker:
             self.role, os.getpid(), self.manager.num_blocks, self.manager.num_free_blocks, len(scheduler.waiting),
             len(scheduler.running), len(self._leases), len(self.transfers))
 
-    def history(self) -> History:
-        """What the worker has done lately."""
-        return History(list(self.engine.history), list(self.sent))
+    def history(self, since: float = 0.0) -> History:
+        """What the worker has done lately, of that what began at `since` or later."""
+        return History([step for step in self.engine.history if step.start >= since],
+                       [sent for sent in self.sent if sent.start >= since])
 
     # ------------------------------------------------------------------------------------------ handlers
 
@@ -168,7 +169,7 @@ class Worker:
         self.outbox.append(self.status())
 
     def _tell_history(self, message: AskHistory) -> None:
-        self.outbox.append(self.history())
+        self.outbox.append(self.history(message.since))
 
     # ----------------------------------------------------------------------------------------- transfers
 
