@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -51,7 +50,8 @@ class Cluster(Client):
 
     def __init__(self, model: str = "tiny", topology: str = "P:cpu D:cpu", mode: str = "disaggregated", *,
                  executor: str | None = None, transport: str = "auto", checksums: bool = False, hang_timeout: float = 60.0,
-                 max_queued: int = 16_384, dtype: str | torch.dtype | None = None, load_format: str = "auto", seed: int = 0, **options: Any) -> None:
+                 max_queued: int = 16_384, dtype: str | torch.dtype | None = None, load_format: str = "auto", seed: int = 0,
+                 **options: Any) -> None:
         self.topology = Topology.parse(topology)
         self.topology.check_mode(mode)
         self.mode = mode
@@ -143,6 +143,10 @@ class Cluster(Client):
         self._executor.close()
         give_back_memory()
 
+    def _submit(self, request: Request, **options: Any) -> Stream:
+        with self._undivided():
+            return super()._submit(request, **options)
+
     def _start(self, request: Request, mode: str | None = None) -> None:
         if self._is_shut_down:
             raise RuntimeError("this cluster has been shut down: make a new one")
@@ -197,6 +201,6 @@ def _hosts(topology: Topology, spec: Callable[..., HostSpec]) -> list[HostSpec]:
     groups: dict[str, dict[str, str]] = {}
     for worker_id, placement in topology.workers.items():
         groups.setdefault(worker_id if placement.device == "cpu" else placement.device, {})[worker_id] = placement.role
-    num_threads = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // len(groups)))
+    num_threads = max(1, torch.get_num_threads() // len(groups))
     return [spec(host=number, roles=roles, device=topology.workers[next(iter(roles))].device, num_threads=num_threads)
             for number, roles in enumerate(groups.values())]

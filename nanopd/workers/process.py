@@ -112,7 +112,7 @@ class ProcessExecutor:
         if worker_id in self._host_of:
             self._host_of[worker_id].tell((worker_id, message))
 
-    def poll(self, timeout: float = 0.05) -> list[tuple[str, FromWorker]]:
+    def poll(self, timeout: float = 0.0) -> list[tuple[str, FromWorker]]:
         """What the workers have said, as (worker id, message). Waits for something at most `timeout` seconds."""
         deadline = time.monotonic() + timeout
         self._exchange(0.0 if self._arrived else timeout)
@@ -131,7 +131,8 @@ class ProcessExecutor:
 
     def close(self) -> None:
         """End all processes. Waits until they are over."""
-        self._close()
+        with uninterrupted():
+            self._close()
         self.roles.clear()
         self._host_of.clear()
 

@@ -9,7 +9,7 @@ from nanopd.block_manager.cache import KVCache
 from nanopd.core import PlanRow, TransferRecord
 from nanopd.messages import Destination
 
-WHOLE_TOKENS = 256  # a chunk that is shorter travels in one piece when its last layer is computed
+SEND_TOKENS = 4096  # tokens of a send, counted in each of its layers; fewer take as long to launch as to travel
 
 
 class TransferError(RuntimeError):
@@ -81,14 +81,14 @@ class Transfer:
         self._error: TransferError | None = None  # what kept blocks from being sent
 
     def send_layer(self, row: PlanRow, layer: int) -> None:
-        """Send what the row's chunk has added to one layer; a short chunk's layers all at once with the last.
+        """Send what the row's chunk has added to one layer; of a short chunk several layers, with the last of them.
 
         What keeps it from being sent is for `arrived` to raise: the step, with other rows in it, goes on.
         """
         blocks = self._blocks_to_send(row)
         is_last = layer == self._num_layers - 1
-        if blocks and (is_last or row.num_new >= WHOLE_TOKENS):
-            layers = range(layer, layer + 1) if row.num_new >= WHOLE_TOKENS else range(self._num_layers)
+        layers = range(layer - layer % -(-SEND_TOKENS // row.num_new), layer + 1)
+        if blocks and (is_last or len(layers) * row.num_new >= SEND_TOKENS):
             source, destination = row.block_table, self.destination.block_ids
             self.start = self.start or time.monotonic()
             try:

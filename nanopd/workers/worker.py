@@ -142,7 +142,7 @@ class Worker:
 
     def _resume(self, message: Resume) -> None:
         lease, request = self._leases.pop(message.lease_id)
-        if message.checksum is not None and message.checksum != self._checksum(request, lease.block_ids):
+        if message.checksum is not None and message.checksum != self._checksum(request, lease.block_ids, lease.num_cached):
             self.manager.release_lease(lease, "request")
             self.manager.release_lease(lease, "writer")
             self.outbox.append(Corrupted(message.request.request_id))
@@ -214,7 +214,7 @@ class Worker:
         total = None
         if self._checksums:
             group = scheduler.handed_off[request_id]
-            total = self._checksum(group.request, self.manager.block_table(group.live[0]))
+            total = self._checksum(group.request, self.manager.block_table(group.live[0]), transfer.destination.num_cached)
         self.outbox.append(Prefilled(request_id, transfer.destination, [
             Written(sequence.index, sequence.output_token_ids, sequence.logprobs, sequence.finish_reason)
             for sequence in sequences], total))
@@ -225,8 +225,12 @@ class Worker:
         self.engine.cancel(request_id)
         self.outbox.append(TransferFailed(request_id, self.transfers.pop(request_id).destination, error))
 
-    def _checksum(self, request: Request, block_ids: list[int]) -> int:
-        return checksum(self.cache, block_ids, len(request.prompt_token_ids))
+    def _checksum(self, request: Request, block_ids: list[int], num_cached: int) -> int:
+        """Of what travelled. The first `num_cached` tokens were at the destination: in other batches, or by another worker,
+        computed to slightly other values."""
+        first = num_cached // self.manager.block_size
+        num_tokens = len(request.prompt_token_ids) - first * self.manager.block_size
+        return checksum(self.cache, block_ids[first:], num_tokens)
 
     def _emit(self, events: list[TokenEvent]) -> None:
         if events:

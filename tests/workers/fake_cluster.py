@@ -33,10 +33,11 @@ class FakeClock:
 
 
 class FakeWorker(Worker):
-    def _checksum(self, request, block_ids):
+    def _checksum(self, request, block_ids, num_cached):
         size = self.manager.block_size
+        positions = range(num_cached // size * size, len(request.prompt_token_ids))
         return hash(tuple(layer.get((block_ids[position // size], position % size))
-                          for layer in self.cache.layers for position in range(len(request.prompt_token_ids))))
+                          for layer in self.cache.layers for position in positions))
 
 
 class FakeTransport:
