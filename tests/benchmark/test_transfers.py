@@ -7,20 +7,20 @@ from dataclasses import replace
 import pytest
 from workers.processes import what_is_held
 
-from nanopd.benchmark import command, transfer
+from nanopd.benchmark import command, transfers
 from nanopd.benchmark.results import load
 from nanopd.workers.relay import PinnedRelayTransport
 from nanopd.workers.transfer import TransferError
 
-SMALL = replace(transfer.CASES["cpu"], num_blocks=128, counts=(1, 20), least_bytes=2**18)
+SMALL = replace(transfers.CASES["cpu"], num_blocks=128, counts=(1, 20), least_bytes=2**18)
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    monkeypatch.setattr(transfer, "TURNS", 1)
-    monkeypatch.setattr(transfer, "LATENCIES", 3)
-    monkeypatch.setattr(transfer, "LARGE_BYTES", 1e6)
-    monkeypatch.setitem(transfer.CASES, "cpu", SMALL)
+    monkeypatch.setattr(transfers, "TURNS", 1)
+    monkeypatch.setattr(transfers, "LATENCIES", 3)
+    monkeypatch.setattr(transfers, "LARGE_BYTES", 1e6)
+    monkeypatch.setitem(transfers.CASES, "cpu", SMALL)
 
 
 def test_every_transport_is_measured_and_nothing_is_left(tmp_path):
@@ -30,14 +30,14 @@ def test_every_transport_is_measured_and_nothing_is_left(tmp_path):
     report = load("transfer", folder=tmp_path)
     assert report.device["kind"] == "cpu" and report.ceilings["peer_copy_gb_s"] > 0
     assert [(row["transport"], row["pieces"], row["blocks"]) for row in report.rows] == [
-        (transport, pieces, count) for transport in transfer.TRANSPORTS for pieces in ("whole", "layers") for count in (1, 20)]
+        (transport, pieces, count) for transport in transfers.TRANSPORTS for pieces in ("whole", "layers") for count in (1, 20)]
     for row in report.rows:
         assert row["mb"] == row["blocks"] * 5 * 2 * 16 * 2 * 64 * 4 / 1e6  # the embedded model's layers, and so on
         assert row["gb_s"] == pytest.approx(row["mb"] / row["ms"], rel=1e-3)
         assert row["share"] == pytest.approx(row["gb_s"] / row["copy_gb_s"], rel=1e-3)
     peer_whole = report.rows[1]
     assert report.summary["peer_share_of_copy"] == peer_whole["share"]
-    assert set(report.summary["latency_us"]) == set(transfer.TRANSPORTS) and "not_possible" not in report.summary
+    assert set(report.summary["latency_us"]) == set(transfers.TRANSPORTS) and "not_possible" not in report.summary
 
 
 def test_a_transport_that_can_not_be_had_is_named(monkeypatch):
@@ -45,14 +45,14 @@ def test_a_transport_that_can_not_be_had_is_named(monkeypatch):
         raise TransferError("no shared memory here")
 
     monkeypatch.setattr(PinnedRelayTransport, "__init__", refuse)
-    _, rows, summary = transfer.run(SMALL)
+    _, rows, summary = transfers.run(SMALL)
     assert {row["transport"] for row in rows} == {"peer", "collective"}
     assert "no shared memory here" in summary["not_possible"]["relay"]
 
 
 def test_bytes_that_do_not_arrive_are_no_result(monkeypatch):
-    monkeypatch.setattr(transfer, "checksum", lambda *args: 1)
+    monkeypatch.setattr(transfers, "checksum", lambda *args: 1)
     before = what_is_held()[0]
     with pytest.raises(RuntimeError, match="peer: what arrived is not what was sent"):
-        transfer.run(SMALL)
+        transfers.run(SMALL)
     assert what_is_held()[0] == before

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 from workers.processes import what_is_held
 
-from nanopd.benchmark import cluster, command
+from nanopd.benchmark import clusters, command
 from nanopd.benchmark.results import load
 from nanopd.core import RowRecord, StepRecord
 
-SMALL = replace(cluster.CASES["cpu"], prompts=(40,), repeats=1, decodes=2, decode_prompt=16, long_prompt=60, steps=12,
+SMALL = replace(clusters.CASES["cpu"], prompts=(40,), repeats=1, decodes=2, decode_prompt=16, long_prompt=60, steps=12,
                 seconds=10.0, clients=2, client_prompt=16, client_answer=4)
 
 
 def test_every_figure_is_there_and_nothing_is_left(monkeypatch, tmp_path):
-    monkeypatch.setitem(cluster.CASES, "cpu", SMALL)
+    monkeypatch.setitem(clusters.CASES, "cpu", SMALL)
     before = what_is_held()
     assert command.main(["cluster", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert what_is_held() == before
@@ -45,15 +45,15 @@ def step(end: float, decodes: int, prefills: int = 0) -> StepRecord:
 
 def test_periods_are_from_end_to_end_of_steps_that_hold_the_decodes():
     steps = [step(1, 3), step(2, 3), step(4, 3, 1), step(4.5, 2), step(7, 4), step(9, 3)]
-    assert cluster._periods(steps, end=8, decodes=3) == [1, 2, 2.5]
+    assert clusters._periods(steps, end=8, decodes=3) == [1, 2, 2.5]
 
 
 def test_quantiles_are_values_that_occurred():
     values = [float(i) for i in range(200, 0, -1)]
-    assert cluster._quantile(values, 0.5) == 100 and cluster._quantile(values, 0.99) == 198
-    assert cluster._quantile([7.0], 0.99) == 7
+    assert clusters._quantile(values, 0.5) == 100 and clusters._quantile(values, 0.99) == 198
+    assert clusters._quantile([7.0], 0.99) == 7
     with pytest.raises(RuntimeError, match="no step"):
-        cluster._quantile([], 0.5)
+        clusters._quantile([], 0.5)
 
 
 def test_what_needs_two_gpus_says_so(capsys, tmp_path, monkeypatch):
