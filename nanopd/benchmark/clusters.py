@@ -34,7 +34,7 @@ class Case:
     options: dict[str, Any]
     prompts: tuple[int, ...]  # lone ones
     repeats: int  # of each of them
-    decodes: int  # that are under way while long prompts stream in
+    decodes: int  # that are under way while long prompts stream in; with those few more, one size of graphs holds them
     decode_prompt: int
     long_prompt: int
     steps: int  # to be measured, at most
@@ -48,7 +48,7 @@ CASES = {
     "cuda": Case(
         "qwen3-8b", ("0", "1"),
         dict(dtype="bfloat16", max_num_seqs=128, max_num_batched_tokens=8192, max_model_len=8192, num_gpu_blocks_override=14_336),
-        prompts=(512, 2048, 8000), repeats=9, decodes=64, decode_prompt=1024, long_prompt=8000, steps=320, seconds=5.0,
+        prompts=(512, 2048, 8000), repeats=9, decodes=70, decode_prompt=1024, long_prompt=8000, steps=320, seconds=5.0,
         clients=96, client_prompt=1024, client_answer=128),
     "cpu": Case(
         "tiny", ("cpu", "cpu"),

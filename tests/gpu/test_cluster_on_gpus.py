@@ -43,8 +43,15 @@ def answers(client) -> tuple[list, list]:
     return tuple([[answer.token_ids for answer in output.outputs] for output in asked] for asked in (outputs, beams))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _libraries():
+    """What this process loads once and keeps is there before anybody counts."""
+    with LLM("tiny", num_gpu_blocks_override=64) as llm:
+        llm.generate(PROMPTS[0], PARAMS[0], use_tqdm=False)
+
+
 @pytest.fixture(autouse=True)
-def nothing_is_left():
+def nothing_is_left(_libraries):
     """No process, open file, shared memory or memory of a GPU."""
     for device in range(torch.cuda.device_count()):
         torch.ones(1, device=f"cuda:{device}")
@@ -52,6 +59,8 @@ def nothing_is_left():
     torch.cuda.empty_cache()
     held, before = what_is_held(), free_memory()
     yield
+    gc.collect()
+    torch.cuda.empty_cache()
     assert what_is_held() == held
     assert wait_until(lambda: all(now - then > -2**26 for now, then in zip(free_memory(), before))), (before, free_memory())
 
@@ -84,8 +93,17 @@ def attempts(cluster) -> int:
 def test_tokens_equal_the_cpu_s(topology, mode, transport, by):
     with Cluster("tiny", topology, mode, transport=transport, **OPTIONS) as cluster:
         assert answers(cluster) == expected()
-        assert transports(cluster) == by
+        found = transports(cluster)
+        assert found <= by and (found or not by)
         assert attempts(cluster) == 1, "something had to be sent again"
+
+
+def test_started_and_stopped_five_times_in_this_process():
+    """As in a notebook. Those with processes of their own are started and stopped by every other test here."""
+    for _ in range(5):
+        with Cluster("tiny", "P:0 D:0", "disaggregated", **OPTIONS | dict(executor="inline")) as cluster:
+            assert cluster.generate("What is 2+3?", PARAMS[0], use_tqdm=False)[0].error is None
+    del cluster
 
 
 @two_gpus
@@ -146,8 +164,9 @@ class Run:
         return errors
 
 
-def start(topology: str, transport: str = "auto", **options) -> Cluster:
-    return Cluster("tiny", topology, "disaggregated", transport=transport, **OPTIONS, **options)
+def start(topology: str, transport: str = "auto", enforce_eager: bool = True, **options) -> Cluster:
+    """Without graphs: it starts sooner, and steps take long enough for something to happen in the midst of them."""
+    return Cluster("tiny", topology, "disaggregated", transport=transport, enforce_eager=enforce_eager, **OPTIONS, **options)
 
 
 @two_gpus
@@ -226,7 +245,7 @@ def test_killed_at_any_moment(seed):
     """One GPU's process, or both, after some number of tokens."""
     draw = random.Random(seed)
     total = sum(len(tokens) for answer in expected()[0] for tokens in answer)
-    with start("P:0 D:0 P:1 D:1", ("auto", "relay", "collective")[seed % 3]) as cluster:
+    with start("P:0 D:0 P:1 D:1", ("auto", "relay", "collective")[seed % 3], enforce_eager=seed % 2 == 0) as cluster:
         run = Run(cluster)
         pids = sorted(set(run.pids.values()))
         victims = draw.sample(pids, 1 + (draw.random() < 0.3))
@@ -235,4 +254,5 @@ def test_killed_at_any_moment(seed):
             os.kill(pid, signal.SIGKILL)
         errors = run.end()
         assert all("killed by SIGKILL" in error for error in errors)
-        assert errors == [] or len(victims) == len(pids), "somebody was left to answer"
+        left = {worker_id[0] for worker_id, pid in run.pids.items() if pid not in victims}
+        assert errors == [] or left != {"P", "D"}, "somebody was left to answer"
