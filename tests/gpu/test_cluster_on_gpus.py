@@ -46,8 +46,12 @@ def answers(client) -> tuple[list, list]:
 @pytest.fixture(scope="module", autouse=True)
 def _libraries():
     """What this process loads once and keeps is there before anybody counts."""
-    with LLM("tiny", num_gpu_blocks_override=64) as llm:
-        llm.generate(PROMPTS[0], PARAMS[0], use_tqdm=False)
+    start_and_stop()
+
+
+def start_and_stop() -> None:
+    with Cluster("tiny", "P:0 D:0", "disaggregated", **OPTIONS | dict(executor="inline")) as cluster:
+        assert cluster.generate("What is 2+3?", PARAMS[0], use_tqdm=False)[0].error is None
 
 
 @pytest.fixture(autouse=True)
@@ -101,9 +105,7 @@ def test_tokens_equal_the_cpu_s(topology, mode, transport, by):
 def test_started_and_stopped_five_times_in_this_process():
     """As in a notebook. Those with processes of their own are started and stopped by every other test here."""
     for _ in range(5):
-        with Cluster("tiny", "P:0 D:0", "disaggregated", **OPTIONS | dict(executor="inline")) as cluster:
-            assert cluster.generate("What is 2+3?", PARAMS[0], use_tqdm=False)[0].error is None
-    del cluster
+        start_and_stop()
 
 
 @two_gpus
