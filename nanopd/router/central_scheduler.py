@@ -328,7 +328,7 @@ class CentralScheduler:
             entry = self._entries.get(request_id)
             if entry is not None and entry.request.deadline == deadline:
                 seconds = deadline - entry.request.arrival_time
-                self._end(entry, FinishReason.ERROR, f"timed out after {seconds:.3g} s (deadline given at submission)")
+                self._end(entry, FinishReason.ERROR, f"timed out after {seconds:g} s (deadline given at submission)")
 
     def _until_deadline(self, timeout: float) -> float:
         """Seconds to wait: no longer than `timeout`, nor past the next deadline."""

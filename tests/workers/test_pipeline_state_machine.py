@@ -201,6 +201,20 @@ class LosingMachine(PipelineMachine):
         moves[f"lost {worker.role}"] += 1
         self.cluster.lose(worker.worker_id, num_said)
 
+    @precondition(lambda self: hasattr(self.cluster.executor, "lose") and self.ledger.open)
+    @rule(num_said=st.integers(0, 3), at_its_end=st.booleans())
+    def lose_one_end_of_a_transfer(self, num_said, at_its_end):
+        """As soon as there is one, or not at all."""
+        for _ in range(10):
+            for worker_id, state in self.cluster.central.fleet.workers.items():
+                for where in state.writes.values():
+                    worker_id = where.worker_id if at_its_end else worker_id
+                    if worker_id in self.cluster.living:
+                        moves["lost while it is written to" if at_its_end else "lost while it writes"] += 1
+                        self.cluster.lose(worker_id, num_said)
+                    return
+            self.cluster.step()
+
     @precondition(lambda self: self.cluster.living)
     @rule(index=picks, role=st.sampled_from("CPD"), spared=st.integers(0, 2))
     def switch_role(self, index, role, spared):
@@ -221,8 +235,9 @@ class LosingMachine(PipelineMachine):
 EVERY_MOVE = {"n=1", "n=2", "n=3", "beams", "cancel while queued", "cancel while prefill", "cancel while decode", "cancel one",
               "raise", "interrupt", "row error", "refused for now", "through P and D", "preempted on D", "in the other mode",
               "retried and ended well", "gave up ", "transfer late", "transfer broken", "transfer corrupted"}
-EVERY_LOSS = {"lost C", "lost P", "lost D", "retried and ended well", "no decod", "no prefi", "no collo", "timed ou",
-              "role switch", "role switch refused", "has another role", "through P and D", "cancel while decode"}
+EVERY_LOSS = {"lost C", "lost P", "lost D", "lost while it writes", "lost while it is written to", "retried and ended well",
+              "no decod", "no prefi", "no collo", "timed ou", "role switch", "role switch refused", "has another role",
+              "through P and D", "cancel while decode"}
 
 
 def run_machine(machine, examples, **options):
