@@ -64,7 +64,7 @@ class PipelineMachine(RuleBasedStateMachine):
         transfers=st.sampled_from([(0, 0, 0), (0.5, 0.1, 0.1), (0.1, 0.4, 0.4)]),  # how often late, broken, corrupted
     )
     def set_up(self, topology, late, seed, tokens, block_size, caching, watermark, seats, chunk, transfers):
-        luck = random.Random(seed)
+        luck = self.luck = random.Random(seed)
         faults, odds = ["late", "broken", "corrupted", None], [*transfers, 1 - sum(transfers)]
         blocks = [-(-number // block_size) for number in tokens]
         self.cluster = FakeCluster(
@@ -193,13 +193,9 @@ class LosingMachine(PipelineMachine):
     """As time passes, workers change their roles and die."""
 
     @precondition(lambda self: hasattr(self.cluster.executor, "lose") and self.cluster.living)
-    @rule(index=picks, num_said=st.integers(0, 3), spared=st.integers(0, 2))
-    def lose_a_worker(self, index, num_said, spared):
-        if spared:
-            return
-        worker = self.a_worker(index)
-        moves[f"lost {worker.role}"] += 1
-        self.cluster.lose(worker.worker_id, num_said)
+    @rule(index=picks, num_said=st.integers(0, 3))
+    def lose_a_worker(self, index, num_said):
+        self.lose(self.a_worker(index), num_said)
 
     @precondition(lambda self: hasattr(self.cluster.executor, "lose") and self.ledger.open)
     @rule(num_said=st.integers(0, 3), at_its_end=st.booleans())
@@ -208,17 +204,24 @@ class LosingMachine(PipelineMachine):
         for _ in range(10):
             for worker_id, state in self.cluster.central.fleet.workers.items():
                 for where in state.writes.values():
-                    worker_id = where.worker_id if at_its_end else worker_id
-                    if worker_id in self.cluster.living:
+                    worker = self.cluster.living.get(where.worker_id if at_its_end else worker_id)
+                    if worker is not None and self.lose(worker, num_said):
                         moves["lost while it is written to" if at_its_end else "lost while it writes"] += 1
-                        self.cluster.lose(worker_id, num_said)
                     return
             self.cluster.step()
 
+    def lose(self, worker, num_said):
+        """The last of a role is mostly spared: with it goes all that could show what is left behind."""
+        others = [other for other in self.cluster.living.values() if other is not worker and other.role == worker.role]
+        if self.luck.random() < (0.6 if others else 0.1):
+            moves[f"lost {worker.role}"] += 1
+            self.cluster.lose(worker.worker_id, num_said)
+        return worker.worker_id not in self.cluster.living
+
     @precondition(lambda self: self.cluster.living)
-    @rule(index=picks, role=st.sampled_from("CPD"), spared=st.integers(0, 2))
-    def switch_role(self, index, role, spared):
-        if spared:
+    @rule(index=picks, role=st.sampled_from("CPD"))
+    def switch_role(self, index, role):
+        if self.luck.random() < 0.7:
             return
         worker_id = list(self.cluster.living)[index % len(self.cluster.living)]
         try:
