@@ -66,8 +66,9 @@ class ClusterTimeline(Player):
     """
 
     def __init__(self, histories: Mapping[str, History]) -> None:
-        found = [Happening(Lane(worker, False), step.start, step) for worker, history in histories.items() for step in history.steps]
+        found: list[Happening] = []
         for worker, history in histories.items():
+            found += [Happening(Lane(worker, False), step.start, step) for step in history.steps]
             found += _on_tracks(Lane(worker, True), history.transfers)
         self.happenings = sorted(found, key=lambda happening: happening.start)[-MAX_SHOWN:]
         self.lanes = [lane for worker in histories for lane in (Lane(worker, False), Lane(worker, True))
@@ -144,17 +145,19 @@ class ClusterTimeline(Player):
         for kind in KINDS:
             colour = EXPOSED_COLOUR if kind == "exposed" else REQUEST_COLOURS[0]
             figure.add_trace(go.Bar(
-                orientation="h", name=t(f"cluster.{kind}"), hovertemplate="%{hovertext}<extra></extra>", legendrank=KINDS.index(kind),
+                orientation="h", name=t(f"cluster.{kind}"), hovertemplate="%{hovertext}<extra></extra>",
                 marker={"color": colour, "line": {"color": PAPER, "width": 0.5}, **styles[kind]}))
-        end = max((bar.start + bar.width for happening in self.happenings for bar in self._bars_of(happening)), default=1.0)
+        bars = [bar for happening in self.happenings for bar in self._bars_of(happening)]
+        end = max((bar.start + bar.width for bar in bars), default=1.0)
         names = [f"<b>{escape(lane.worker)}</b> {t('cluster.lane_transfers' if lane.transfers else 'cluster.lane_compute')}"
                  for lane in self.lanes]
         figure.update_layout(
-            barmode="overlay", bargap=0, height=LANE_PX * max(1, len(self.lanes)) + 110, font={"family": FONT, "color": INK, "size": 12},
+            barmode="overlay", bargap=0, height=LANE_PX * max(1, len(self.lanes)) + 110,
+            font={"family": FONT, "color": INK, "size": 12},
             plot_bgcolor=PAPER, paper_bgcolor=PAPER, margin={"l": 10, "r": 10, "t": 34, "b": 46},
             legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"},
-            xaxis={"title": {"text": t("cluster.time_axis"), "font_color": FAINT}, "range": [0, 1.01 * end], "gridcolor": "#e5e7eb",
-                   "zeroline": False, "tickfont_color": FAINT},
+            xaxis={"title": {"text": t("cluster.time_axis"), "font_color": FAINT}, "range": [0, 1.01 * end],
+                   "gridcolor": "#e5e7eb", "zeroline": False, "tickfont_color": FAINT},
             yaxis={"tickvals": list(range(len(self.lanes))), "ticktext": names, "range": [len(self.lanes) - 0.5, -0.5],
                    "fixedrange": True, "automargin": True, "showgrid": False, "zeroline": False})
         return figure

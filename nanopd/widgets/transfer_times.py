@@ -19,7 +19,7 @@ from nanopd.widgets.player import FAINT, FONT, INK, PAPER
 from nanopd.widgets.strings import t
 
 COLOURS = {"local": "#0072b2", "peer": "#009e73", "relay": "#d55e00", "collective": "#cc79a7"}
-COUNTS = [4**k for k in range(6)]  # 1 to 1,024 blocks
+COUNTS = [4**k for k in range(5)]  # 1 to 256 blocks, to be timed here
 CEILING = "copy_gb_s"  # a plain copy of as many bytes, measured in the same run: how such ceilings' names end
 TIMES = 5
 
@@ -76,7 +76,8 @@ class TransferTimes(Panel):
     def snapshot(self) -> go.Figure:
         """What is shown now as a static figure, with the badge as its title."""
         figure = go.Figure(self.figure.to_plotly_json())
-        return figure.update_layout(title={"text": self.sentence, "font_size": 13, "x": 0.01, "xanchor": "left"})
+        return figure.update_layout(margin_t=80, title={"text": self.sentence, "font_size": 13, "x": 0.01, "xanchor": "left",
+                                                        "yref": "container", "y": 0.99, "yanchor": "top"})
 
     def _traces(self) -> list[go.Scatter]:
         traces = []
@@ -85,7 +86,8 @@ class TransferTimes(Panel):
             for transport in dict.fromkeys(point.transport for point in points):
                 line = sorted((p for p in points if p.transport == transport), key=lambda p: p.num_blocks)
                 traces.append(go.Scatter(
-                    x=[p.num_blocks for p in line], y=[p.gb_s for p in line], mode="lines+markers", name=f"{transport} ({t(word)})",
+                    x=[p.num_blocks for p in line], y=[p.gb_s for p in line], mode="lines+markers",
+                    name=f"{transport} ({t(word)})",
                     marker={"symbol": symbol, "size": 10}, line={"color": COLOURS.get(transport, INK), "width": 2},
                     hovertemplate="%{x:,} · %{y:,.3g} GB/s<extra>%{fullData.name}</extra>"))
         return traces + self._ceilings()
@@ -94,18 +96,20 @@ class TransferTimes(Panel):
         """What a plain copy reached in the recorded run."""
         if self.report is None:
             return []
-        return [go.Scatter(x=[COUNTS[0], COUNTS[-1]], y=[gb_s, gb_s], mode="lines", name=name.removesuffix("_gb_s").replace("_", " "),
+        counts = [point.num_blocks for point in self.recorded] or COUNTS
+        return [go.Scatter(x=[min(counts), max(counts)], y=[gb_s, gb_s], mode="lines",
+                           name=name.removesuffix("_gb_s").replace("_", " "),
                            line={"color": FAINT, "width": 1.5, "dash": "dot"},
                            hovertemplate="%{y:,.3g} GB/s<extra>%{fullData.name}</extra>")
                 for name, gb_s in self.report.ceilings.items() if name.endswith(CEILING)]
 
     def _figure(self) -> go.Figure:
         figure = go.Figure(self._traces())
-        grid = {"type": "log", "gridcolor": "#e5e7eb", "tickfont_color": FAINT, "dtick": 1}
+        grid = {"type": "log", "gridcolor": "#e5e7eb", "tickfont_color": FAINT}
         return figure.update_layout(
             height=360, font={"family": FONT, "color": INK, "size": 12}, plot_bgcolor=PAPER, paper_bgcolor=PAPER, showlegend=True,
             margin={"l": 10, "r": 10, "t": 30, "b": 46}, legend={"orientation": "h", "y": 1, "yanchor": "bottom"},
-            xaxis={**grid, "title": {"text": t("transfers.blocks_axis"), "font_color": FAINT}, "range": [-0.1, 3.2]},
+            xaxis={**grid, "title": {"text": t("transfers.blocks_axis"), "font_color": FAINT}, "dtick": 1},
             yaxis={**grid, "title": {"text": t("transfers.rate_axis"), "font_color": FAINT}})
 
 

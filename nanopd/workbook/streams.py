@@ -1,4 +1,5 @@
-"""The break-it lab of chapter 05: the two streams of a GPU, played on a CPU, and a transport that copies on the second.
+"""Transports for chapter 05: one that takes notes; and for its break-it lab the two streams of a GPU, played on a CPU, with
+a transport that copies on the second.
 
 On a GPU the CPU only queues work. It has queued a whole step, and the copies of all its layers on a stream of their own, before
 the first layer has run. Nothing but an event makes a copy wait for what it copies.
@@ -13,7 +14,23 @@ from functools import partial
 from nanopd.core import StepPlan
 from nanopd.engine.engine import OnLayer
 from nanopd.llm import Cluster
-from nanopd.workers.transfer import LocalTransport
+from nanopd.workers.transfer import Arrived, LocalTransport
+
+
+class Ledger:
+    """A transport that takes notes, and copies nothing: `sends` are the layers and the destination's blocks of each call."""
+
+    name = "ledger"
+
+    def __init__(self) -> None:
+        self.sends: list[tuple[range, list[int]]] = []
+
+    def send(self, layers: range, source_blocks: list[int], destination_blocks: list[int]) -> Arrived:
+        self.sends.append((layers, destination_blocks))
+        return Arrived()
+
+    def close(self) -> None:
+        pass
 
 
 class CopyStream:
