@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from nanopd import Cluster
 from nanopd.core import StepPlan
 from nanopd.engine.engine import OnLayer
-from nanopd.llm import Cluster
 from nanopd.workers.transfer import Arrived, LocalTransport
 
 

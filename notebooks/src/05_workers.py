@@ -314,7 +314,7 @@ times
 # Now let others do the work. `executor="process"` gives every GPU a process of its own; on a CPU, every worker. All they
 # share is messages, and memory that one maps from another. A worker whose inbox is empty sleeps.
 #
-# Six questions of 700 tokens, two readers, two writers. **How many answers differ from those of the two workers that took
+# Six questions of 700 tokens, one reader, two writers. **How many answers differ from those of the two workers that took
 # turns? And how much of the transfers is exposed: time in which a prompt was ready, and waited only for its last bytes, as
 # a percentage of the time it took to read?**
 
@@ -327,7 +327,7 @@ times
 # 现在不用你动手了。`executor="process"` 给每块 GPU 一个进程；在 CPU 上，则是每个 Worker 一个。它们共有的只有消息，以及一方映射过来的另一方的内存。
 # 收件箱空了，Worker 就睡觉。
 #
-# 六个问题，提示各 700 个 token，两个 Worker 读，两个 Worker 写。**有几个回答和刚才那对轮流走的 Worker 不一样？传输又有多少露在外面——
+# 六个问题，提示各 700 个 token，一个 Worker 读，两个 Worker 写。**有几个回答和刚才那对轮流走的 Worker 不一样？传输又有多少露在外面——
 # 提示已经读完、只为最后几个字节干等的时间，占读提示时间的百分之几？**
 
 # %%
@@ -336,7 +336,7 @@ guess = nanopd.predict("05.6", different_answers=..., exposed_percent=...)
 # %%
 from nanopd.widgets.cluster_timeline import exposed
 
-apart = Cluster("tiny", "P:cpu P:cpu D:cpu D:cpu", "disaggregated", executor="process", dtype="float32")
+apart = Cluster("tiny", "P:cpu D:cpu D:cpu", "disaggregated", executor="process", dtype="float32")
 for name, status in apart.status().items():
     print(f"{name}: process {status.pid}, {status.num_free_blocks:,} of {status.num_blocks:,} blocks free")
 prompts = [recall_prompt(seed, 700, "en").prompt for seed in range(20, 26)]
@@ -345,16 +345,16 @@ in_turns = hand.generate(prompts, greedy, use_tqdm=False)
 different = sum(a.outputs[0].token_ids != b.outputs[0].token_ids for a, b in zip(outputs, in_turns))
 histories = apart.history()
 waited = sum(exposed(record) for history in histories.values() for record in history.transfers)
-reading = sum(step.duration for name in ("P0", "P1") for step in histories[name].steps)
+reading = sum(step.duration for step in histories["P0"].steps)
 guess.reveal(different, 100 * waited / reading)
 
 # %%
 widgets.ClusterTimeline(histories)
 
 # %% [markdown] lang="en"
-# Hatched bars below a reader are prompts on their way **while** it still reads; only what is red, if you can find any, cost
-# somebody time. Drag over a piece to look closer. The lanes share one clock, so you also see a writer begin before the
-# other prompts are read: that is the overlap that one process cannot have. (Four processes on fewer cores still wait for
+# Hatched bars below the reader are prompts on their way **while** it still reads; only what is red, if you can find any,
+# cost somebody time. Drag over a piece to look closer. The lanes share one clock, so you also see a writer begin before the
+# other prompts are read: that is the overlap that one process cannot have. (Three processes on fewer cores still wait for
 # one another. On GPUs of their own they do not.)
 #
 # ## 5.7 When a writer dies
@@ -369,7 +369,7 @@ widgets.ClusterTimeline(histories)
 # %% [markdown] lang="zh"
 # 读的 Worker 下面，带斜纹的条是**一边读一边**发走的提示；只有红色的部分才真的费了谁的时间——如果你找得到的话。拖动鼠标可以放大看。
 # 各条泳道用的是同一个时钟，所以还能看到：别的提示没读完，写的一方就开始了。这种重叠，一个进程里是没有的。
-# （四个进程挤在更少的核上，仍然要互相等；各有各的 GPU 时就不用了。）
+# （三个进程挤在更少的核上，仍然要互相等；各有各的 GPU 时就不用了。）
 #
 # ## 5.7 写的那个死了
 #
@@ -446,15 +446,17 @@ nanopd.check("05.7", retry)
 # A client may lose patience. A **deadline** goes with the request; past it, the request is cancelled wherever it is, and
 # the error says so. What it held is given back, on every worker, also in the middle of a transfer.
 #
-# One writer is left now, and two readers. A role is a word, so let the second reader write from here on: it finishes what
-# it has, takes nothing more of the old kind, then changes. Requests keep coming meanwhile. Of twelve, none may be lost.
+# Roles can change, too, while requests flow. Take two readers and a single writer, which is one reader too many for short
+# prompts. A role is a word, so let P1 write from here on: it finishes what it has, takes nothing more of the old kind, then
+# changes. Of twelve requests under way, none may be lost.
 
 # %% [markdown] lang="zh"
 # ## 5.8 截止时间与角色
 #
 # 客户端也可能失去耐心。**截止时间**跟着请求走，一过时就在它所在的地方取消，错误里会写明。它占着的东西，每个 Worker 上的都会还回来，哪怕正传到一半。
 #
-# 现在剩一个写的、两个读的。角色只是一个字，那就让第二个读的从此改为写：手上的活干完，旧的活不再接，然后换。这期间请求照来，十二个一个也不能丢。
+# 角色也可以在请求不断的时候换。设有两个读的、一个写的，提示又短，读的就多了一个。角色只是一个字，那就让 P1 从此改为写：
+# 手上的活干完，旧的活不再接，然后换。这期间有十二个请求在跑，一个也不能丢。
 
 # %%
 late = apart.submit(prompts[1], SamplingParams(max_tokens=2000, ignore_eos=True), timeout=0.3).result()
@@ -462,12 +464,16 @@ print(late.outputs[0].finish_reason, "after", len(late.outputs[0].token_ids), "t
 print({name: (status.num_running, status.num_leases) for name, status in apart.status().items()})
 
 # %%
-flow = [apart.submit(prompt, sixty) for prompt in prompts * 2]
-apart.set_role("P1", "D")
+changing = Cluster("tiny", "P:cpu P:cpu D:cpu", "disaggregated", dtype="float32")
+flow = [changing.submit(task.prompt, sixty) for task in demo_prompts()[:6]]
+for _ in range(3):
+    changing.step()
+changing.set_role("P1", "D")
+flow += [changing.submit(task.prompt, sixty) for task in demo_prompts()[:6]]
 results = [stream.result() for stream in flow]
-paths = [str(apart.timeline(stream.request_id)) for stream in flow]
+paths = [str(changing.timeline(stream.request_id)) for stream in flow]
 print("lost:", sum(result.error is not None for result in results), {path: paths.count(path) for path in sorted(set(paths))})
-print("roles:", {name: status.role for name, status in apart.status().items()})
+print("roles:", {name: status.role for name, status in changing.status().items()})
 
 # %% [markdown] lang="en"
 # P1 writes now. Its id is a name and no more. Which roles a load needs, and when it pays to change one, is the matter of
@@ -559,7 +565,7 @@ for transport in (streams.HastyTransport, MendedTransport):
     streams.use(cluster, transport)
     outputs = [cluster.generate(question.prompt, greedy, use_tqdm=False)[0] for question in questions]
 print("right after mending:", sum(o.outputs[0].text == question.answer for question, o in zip(questions, outputs)), "of 8")
-for served in (hand, apart, cluster):
+for served in (hand, apart, changing, cluster):
     served.shutdown()
 
 # %% [markdown] lang="en"
