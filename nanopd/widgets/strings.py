@@ -271,7 +271,10 @@ STRINGS: dict[str, tuple[str, str]] = {
         "<b>{request}</b> → {destination}<br>{tokens} 个 token，方式 {transport}，露在外面 {exposed} 毫秒",
     ),
     # transfer times
-    "transfers.measured": ("measured on this machine's CPU: {transports}", "在这台机器的 CPU 上实测：{transports}"),
+    "transfers.measured": (
+        "measured on this machine's CPU, both ends in one process: {transports}",
+        "在这台机器的 CPU 上实测，收发两端在同一个进程里：{transports}",
+    ),
     "transfers.blocks_axis": ("blocks sent at once", "一次发送的块数"),
     "transfers.rate_axis": ("GB/s", "GB/s"),
     # batch timeline

@@ -6,9 +6,10 @@ Every figure says which of the two it is; where nothing was recorded, the panel 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
@@ -17,6 +18,9 @@ from nanopd.benchmark.results import Report, load
 from nanopd.widgets.figure import Panel
 from nanopd.widgets.player import FAINT, FONT, INK, PAPER
 from nanopd.widgets.strings import t
+
+if TYPE_CHECKING:
+    from nanopd.workers.transfer import Transport
 
 COLOURS = {"local": "#0072b2", "peer": "#009e73", "relay": "#d55e00", "collective": "#cc79a7"}
 COUNTS = [4**k for k in range(5)]  # 1 to 256 blocks, to be timed here
@@ -114,28 +118,45 @@ class TransferTimes(Panel):
 
 
 def measure_here() -> list[Point]:
-    """The local transport between two caches of the embedded model's shape, on this machine's CPU; blocks in no order."""
+    """Each transport between two caches of the embedded model's shape on this machine's CPU; blocks in no order.
+
+    Both ends are in this process, so where the receiver has work to do, it takes turns with the sender.
+    """
+    from nanopd.workers.links import TRANSPORTS
+
+    return [point for transport in ("local", *TRANSPORTS) if transport != "auto" for point in _measure(transport)]
+
+
+def _measure(transport: str) -> Iterator[Point]:
     import torch
 
     from nanopd.block_manager.cache import KVCache
     from nanopd.models.spec import load_spec
-    from nanopd.workers.transfer import LocalTransport
+    from nanopd.workers.links import Links
 
-    source, destination = (KVCache(load_spec("tiny"), COUNTS[-1], 16, "cpu", torch.float32) for _ in range(2))
-    for cache in (source, destination):
-        cache.data.zero_()  # memory that was never touched costs its first reader extra
-    transport = LocalTransport(source, destination)
-    points = []
-    for count in COUNTS:
-        blocks = [torch.randperm(COUNTS[-1])[:count].tolist() for _ in range(2)]
-        seconds = median(_seconds_to_send(transport, source.num_layers, *blocks) for _ in range(TIMES))
-        points.append(Point("local", count, count * source.bytes_per_block / seconds / 1e9))
-    return points
+    ends = [Links(host, transport if transport != "local" else "auto") for host in range(2)]
+    source_end, destination_end = ends if transport != "local" else (ends[0], ends[0])
+    try:
+        source, destination = (KVCache(load_spec("tiny"), COUNTS[-1], 16, "cpu", torch.float32) for _ in range(2))
+        addresses = {"source": source_end.publish("source", source),
+                     "destination": destination_end.publish("destination", destination)}
+        for end in ends:
+            end.learn(addresses)
+        for cache in (source, destination):
+            cache.data.zero_()  # memory that was never touched costs its first reader extra
+        link = source_end.connect("source", "destination")
+        for count in COUNTS:
+            blocks = [torch.randperm(COUNTS[-1])[:count].tolist() for _ in range(2)]
+            seconds = median(_seconds_to_send(link, source.num_layers, *blocks) for _ in range(TIMES))
+            yield Point(link.name, count, count * source.bytes_per_block / seconds / 1e9)
+    finally:
+        for end in ends:
+            end.close()
 
 
-def _seconds_to_send(transport, num_layers: int, source_blocks: list[int], destination_blocks: list[int]) -> float:
+def _seconds_to_send(link: Transport, num_layers: int, source_blocks: list[int], destination_blocks: list[int]) -> float:
     start = time.perf_counter()
-    transport.send(range(num_layers), source_blocks, destination_blocks).wait()
+    link.send(range(num_layers), source_blocks, destination_blocks).wait()
     return time.perf_counter() - start
 
 

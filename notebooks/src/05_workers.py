@@ -304,10 +304,10 @@ times.measure()
 times
 
 # %% [markdown] lang="en"
-# With one block, what you measure is the call; with many, the memory. (From a few dozen blocks on they no longer fit into
-# the CPU's own cache, so the line may come down again.) A loop over blocks would stay at the left end for ever. Times of
-# GPUs are shown where somebody has recorded them, with `nanopd bench transfer`; the line above the figure says whose they
-# are.
+# With one block, what you measure is the call; with many, the memory. (From some dozen blocks on they no longer fit into
+# the CPU's own cache, so a line may come down again.) A loop over blocks would stay at the left end for ever. Who has a
+# partner to tell and an answer to wait for pays most for small sends. Times of GPUs, where the order is decided by wires,
+# are shown where somebody has recorded them with `nanopd bench transfer`; the line above the figure says whose they are.
 #
 # ## 5.6 Processes
 #
@@ -320,7 +320,8 @@ times
 
 # %% [markdown] lang="zh"
 # 只有一个块时，量到的其实是一次调用的开销；块多了，量到的才是内存。（从几十个块起，CPU 自己的缓存就装不下了，曲线可能又会掉下来。）
-# 要是一个块一个块地循环，就永远停在最左端。GPU 的数据取自 `nanopd bench transfer` 的录制结果，录过才有；图上方那一行写着是谁的。
+# 要是一个块一个块地循环，就永远停在最左端。发送时要通知对方、还要等回音的那几种，发得越少越吃亏。GPU 上谁快谁慢，由线路说了算；
+# 有人用 `nanopd bench transfer` 录过，这里才有数据，图上方那一行写着是谁的。
 #
 # ## 5.6 各有各的进程
 #
