@@ -75,7 +75,7 @@ class ClusterTimeline(Player):
                       if not lane.transfers or any(happening.lane == lane for happening in self.happenings)]
         self._tracks = {lane: 1 + max((h.track for h in self.happenings if h.lane == lane), default=0) for lane in self.lanes}
         self._begin = min((happening.start for happening in self.happenings), default=0.0)
-        requests = dict.fromkeys(name for happening in self.happenings for name in _requests(happening.record))
+        requests = dict.fromkeys(_request(job) for happening in self.happenings for job in _jobs(happening.record))
         self.colours = {name: REQUEST_COLOURS[i % len(REQUEST_COLOURS)] for i, name in enumerate(requests)}
         super().__init__(self._bare_figure(), "nanopd-cluster-timeline")
         self._set_length(len(self.happenings), len(self.happenings))
@@ -135,7 +135,7 @@ class ClusterTimeline(Player):
                 base=[bar.start for bar in shown], x=[bar.width for bar in shown],
                 y=[places[bar.lane] - 0.4 + 0.8 * (bar.top + bar.height / 2) for bar in shown],
                 width=[0.8 * bar.height for bar in shown],
-                marker_color=[EXPOSED_COLOUR if kind == "exposed" else self.colours[bar.request_id] for bar in shown],
+                marker_color=[EXPOSED_COLOUR if kind == "exposed" else self.colours[_request(bar.request_id)] for bar in shown],
                 hovertext=[bar.hover for bar in shown])
 
     def _bare_figure(self) -> go.Figure:
@@ -168,7 +168,12 @@ def exposed(record: TransferRecord) -> float:
     return max(0.0, record.end - max(record.computed, record.start))
 
 
-def _requests(record: StepRecord | TransferRecord) -> list[str]:
+def _request(job: str) -> str:
+    """What is tried again, as "7/1", is still the same request."""
+    return job.partition("/")[0]
+
+
+def _jobs(record: StepRecord | TransferRecord) -> list[str]:
     return [row.request_id for row in record.rows] if isinstance(record, StepRecord) else [record.request_id]
 
 

@@ -61,6 +61,12 @@ def test_a_request_has_one_colour_everywhere_and_what_is_exposed_has_its_own():
     assert len(set(colours["prefill"])) == 3 and colours["exposed"] == [EXPOSED_COLOUR]
 
 
+def test_a_retry_has_its_requests_colour():
+    steps = [step(0, 1.0, 0.1, ("7", "prefill", 4), ("8", "prefill", 4)), step(1, 2.0, 0.1, ("7/1", "prefill", 4))]
+    first, other, again = ClusterTimeline({"P0": History(steps, [])}).figure.data[0].marker.color
+    assert first == again != other
+
+
 def test_only_what_came_after_the_computation_is_exposed():
     hidden, late = histories()["P0"].transfers
     assert exposed(hidden) == 0 and exposed(late) == pytest.approx(0.005)
