@@ -131,7 +131,7 @@ print("P0:", p0.manager.num_used_blocks, "blocks in use")
 # %% [markdown] lang="en"
 # In its second step P0 has read the whole prompt. `Tokens` carries the first token of the answer: **the reader draws it**,
 # since it has the logits, and it goes to the client at once. `Prefilled` says that all of the KV lies in D0's blocks; P0
-# has let go of its own. Between the two messages there is one rule that everything rests on:
+# has let go of its own. All this rests on one rule:
 #
 # > A lease's blocks may be written from `Granted` on, and until `Prefilled`. Nobody else touches them meanwhile.
 #
@@ -143,7 +143,7 @@ print("P0:", p0.manager.num_used_blocks, "blocks in use")
 
 # %% [markdown] lang="zh"
 # 到第二步，P0 读完了整个提示。`Tokens` 里是回答的第一个 token：**由读的一方来抽**，因为 logits 在它手上；抽出来立刻发给客户端。
-# `Prefilled` 表示全部 KV 都已经在 D0 的块里，P0 自己的块也放掉了。这两头之间有一条规矩，一切都靠它撑着：
+# `Prefilled` 表示全部 KV 都已经在 D0 的块里，P0 自己的块也放掉了。这一切靠一条规矩撑着：
 #
 # > 租约里的块，从 `Granted` 起可以写，到 `Prefilled` 为止；这期间别人谁也不碰。
 #
@@ -276,7 +276,7 @@ nanopd.check("05.4", blocks_to_send)
 # | transport | who copies | needs | in its favour |
 # |---|---|---|---|
 # | `local` | one kernel, or the CPU | both caches in one process, on one device | nothing travels |
-# | `peer` | the sender alone writes into the other's memory | GPUs that can address each other; on CPUs, shared memory | one hop, and the receiver does nothing |
+# | `peer` | the sender alone | GPUs that can address each other; on CPUs, shared memory | one hop; the receiver does nothing |
 # | `relay` | sender: GPU to pinned memory; receiver: pinned memory to GPU | one machine | any two GPUs; both hops run at once |
 # | `collective` | NCCL or gloo, on both sides | a network | no shared memory at all |
 #
@@ -356,7 +356,8 @@ widgets.ClusterTimeline(histories)
 # Hatched bars below the reader are prompts on their way **while** it still reads; only what is red, if you can find any,
 # cost somebody time. Drag over a piece to look closer. The lanes share one clock, so you also see a writer begin before the
 # other prompts are read: that is the overlap that one process cannot have. (Three processes on fewer cores still wait for
-# one another. On GPUs of their own they do not.)
+# one another. On GPUs of their own they do not. And on a CPU the copying is part of the reader's step; on a GPU it runs
+# beside it, on a stream of its own.)
 #
 # ## 5.7 When a writer dies
 #
@@ -364,23 +365,24 @@ widgets.ClusterTimeline(histories)
 # catch. Its blocks are gone. What is not gone is the **tokens**: the client has them, so the central scheduler has them.
 # The request is tried again, under a new name, with what is written.
 #
-# **How many tokens will the client miss, how many see twice? And how many of the 700 tokens of its prompt will a reader run
-# again?**
+# **In how many places will the client's 60 tokens differ from those of an undisturbed run? And how many of the 700 tokens
+# of the prompt does P0 run again?**
 
 # %% [markdown] lang="zh"
 # 读的 Worker 下面，带斜纹的条是**一边读一边**发走的提示；只有红色的部分才真的费了谁的时间——如果你找得到的话。拖动鼠标可以放大看。
 # 各条泳道用的是同一个时钟，所以还能看到：别的提示没读完，写的一方就开始了。这种重叠，一个进程里是没有的。
-# （三个进程挤在更少的核上，仍然要互相等；各有各的 GPU 时就不用了。）
+# （三个进程挤在更少的核上，仍然要互相等；各有各的 GPU 时就不用了。
+# 另外，在 CPU 上，拷贝算在读的那一步里；在 GPU 上，它在另一条流上与计算并行。）
 #
 # ## 5.7 写的那个死了
 #
 # 一个 60 token 的回答正在往外流。第 20 个 token 之后，我们杀掉写它的进程，用的是谁也拦不住的那个信号。它的块没了；没丢的是 **token**：
 # 客户端已经拿到了，所以中央调度器手里也有。这个请求会换个名字，带着已经写好的部分再来一次。
 #
-# **客户端会少收几个 token，重复收到几个？提示的 700 个 token，读的一方要重跑几个？**
+# **客户端收到的 60 个 token，和没出事的那次相比，有几处不一样？提示的 700 个 token，P0 要重跑几个？**
 
 # %%
-guess = nanopd.predict("05.7", missing=..., seen_twice=..., tokens_read_again=...)
+guess = nanopd.predict("05.7", places_that_differ=..., tokens_read_again=...)
 
 # %%
 import os
@@ -395,13 +397,16 @@ for event in stream:
         victim = apart.timeline(stream.request_id).path[-1]
         os.kill(apart.status()[victim].pid, signal.SIGKILL)
 timeline = apart.timeline(stream.request_id)
-print(f"killed {victim}; path {timeline}; same tokens: {seen == undisturbed}")
+print(f"killed {victim}; path {timeline}; known to workers as {timeline.jobs}")
 
 # %%
-steps = [step for history in apart.history().values() for step in history.steps]
-again = sum(row.num_new for step in steps for row in step.rows if row.request_id == timeline.jobs[1] and row.kind == "prefill"
-            and row.num_cached < 700)
-guess.reveal(missing=60 - len(seen), seen_twice=max(0, len(seen) - 60), tokens_read_again=again)
+def tokens_run(worker_id: str) -> list[int]:
+    rows = [row for step in apart.history()[worker_id].steps for row in step.rows]
+    return [row.num_new for row in rows if row.request_id == timeline.jobs[1]]
+
+differ = sum(a != b for a, b in zip(seen, undisturbed)) + abs(len(seen) - len(undisturbed))
+guess.reveal(places_that_differ=differ, tokens_read_again=sum(tokens_run("P0")))
+print(f"the other writer's steps: {tokens_run(timeline.path[-1])[:3]}, ... tokens")
 for what, when in timeline.marks:
     print(f"{(when - timeline.marks[0][1]) * 1e3:8.1f} ms  {what}")
 
@@ -418,7 +423,7 @@ for what, when in timeline.marks:
 
 # %% [markdown] lang="zh"
 # 不少，也不重。读的一方在自己的前缀缓存里找到了提示的绝大部分，把块发给另一个写的 Worker，又抽了一遍第一个 token——中央调度器把它扔掉了。
-# 新的写手把已经写好的 token 当作提示，一步跑完，接着往下写。抽样只取决于请求自己（第 02 章），所以不光贪心解码如此，采样的回答也一样。
+# 接手的 Worker 把已经写好的 token 当作提示，一步跑完，接着往下写。抽样只取决于请求自己（第 02 章），所以不光贪心解码如此，采样的回答也一样。
 #
 # 一个请求有四次机会。某种角色的 Worker 一个不剩时，它以错误结束，错误里写明每一次出了什么事。
 #
@@ -449,7 +454,7 @@ nanopd.check("05.7", retry)
 #
 # Roles can change, too, while requests flow. Take two readers and a single writer, which is one reader too many for short
 # prompts. A role is a word, so let P1 write from here on: it finishes what it has, takes nothing more of the old kind, then
-# changes. Of twelve requests under way, none may be lost.
+# changes. Six requests are under way, six more come in; none may be lost.
 
 # %% [markdown] lang="zh"
 # ## 5.8 截止时间与角色
@@ -457,7 +462,7 @@ nanopd.check("05.7", retry)
 # 客户端也可能失去耐心。**截止时间**跟着请求走，一过时就在它所在的地方取消，错误里会写明。它占着的东西，每个 Worker 上的都会还回来，哪怕正传到一半。
 #
 # 角色也可以在请求不断的时候换。设有两个读的、一个写的，提示又短，读的就多了一个。角色只是一个字，那就让 P1 从此改为写：
-# 手上的活干完，旧的活不再接，然后换。这期间有十二个请求在跑，一个也不能丢。
+# 手上的活干完，旧的活不再接，然后换。换之前有六个请求在跑，换的时候又来六个，一个也不能丢。
 
 # %%
 late = apart.submit(prompts[1], SamplingParams(max_tokens=2000, ignore_eos=True), timeout=0.3).result()
@@ -549,8 +554,8 @@ for transport in (streams.HastyTransport, MendedTransport):
 
 # %% [markdown] lang="en"
 # With the checksum even the hasty one answers rightly, and each request takes **two** attempts. Why is the second one
-# right? P0 got the same blocks again, and by now the first attempt's KV lies there: what is too early takes that. A retry
-# hides a fault like this behind a longer wait, so count retries. Mended, one attempt is enough.
+# right? P0 got the same blocks again, and by now the first attempt's KV lies there: a copy that comes too early takes that.
+# A retry hides a fault like this behind a longer wait, so count retries. Mended, one attempt is enough.
 #
 # One thing more. Above, prefix caching was off. Now turn it on, let the hasty transport run once, then mend it without a
 # restart, and ask the same eight questions again. How many answers are right?
