@@ -154,19 +154,6 @@ const void* optional_data(const std::optional<Tensor>& tensor, const char* name,
     return Argument(*tensor, name).on_device_of(other).type(other.tensor().scalar_type()).shape(shape).contiguous().data();
 }
 
-// The first `row_bytes` of each row of a weight, where one is given. It is but a hint, and left out where the rows do not
-// begin at multiples of 16 bytes, which the instruction wants.
-Prefetch prefetch_of(const std::optional<Tensor>& then, int64_t row_bytes, const Argument& other) {
-    if (!then) return {};
-    const Argument weight(*then, "then");
-    weight.on_device_of(other).shape({any, any}).contiguous();
-    const int64_t stride = then->size(1) * static_cast<int64_t>(then->element_size());
-    require(row_bytes > 0 && row_bytes % 16 == 0 && row_bytes <= stride, "then_row_bytes must be a multiple of 16 up to ", stride,
-            ", but is ", row_bytes);
-    if (stride % 16 || reinterpret_cast<uintptr_t>(weight.data()) % 16) return {};
-    return {weight.data(), then->size(0), row_bytes, stride};
-}
-
 int positive(int64_t value, const char* name) {
     require(value > 0 && value <= INT_MAX, name, " must be positive, but is ", value);
     return static_cast<int>(value);
@@ -223,8 +210,7 @@ void launch_on(const Argument& argument, const char* name, Function function) {
 
 // ------------------------------------------------------------------------------------------------- layer and sampling
 
-void rms_norm_op(const Tensor& out_, const Tensor& x_, const Tensor& weight_, double eps, const std::optional<Tensor>& then,
-                 int64_t then_row_bytes) {
+void rms_norm_op(const Tensor& out_, const Tensor& x_, const Tensor& weight_, double eps) {
     const Argument out(out_, "out"), x(x_, "x"), weight(weight_, "weight");
     x.on_cuda().contiguous().require_dim(2);
     const DType dtype = x.dtype();
@@ -232,9 +218,8 @@ void rms_norm_op(const Tensor& out_, const Tensor& x_, const Tensor& weight_, do
     require(size > 0 && size <= 8192, "x has ", size, " elements a row; rms_norm takes 1 to 8192");
     weight.on_device_of(x).type(x_.scalar_type()).shape({size}).contiguous();
     out.on_device_of(x).type(x_.scalar_type()).shape({rows, size}).contiguous();
-    const Prefetch prefetch = prefetch_of(then, then_row_bytes, x);
     launch_on(x, "rms_norm", [&](cudaStream_t stream) {
-        return rms_norm(out.data(), x.data(), weight.data(), rows, size, static_cast<float>(eps), dtype, prefetch, stream);
+        return rms_norm(out.data(), x.data(), weight.data(), rows, size, static_cast<float>(eps), dtype, stream);
     });
 }
 
@@ -352,7 +337,7 @@ void reach(int other, const char* name) {
 
 // Runs where the ids lie, or on the target's device where there are none.
 void move_blocks_op(const Tensor& target_, const std::optional<Tensor>& target_ids_, const Tensor& source_,
-                    const std::optional<Tensor>& source_ids_) {
+                    const std::optional<Tensor>& source_ids_, int64_t max_thread_blocks) {
     const Argument target(target_, "target"), source(source_, "source");
     const Blocks to(target), from(source);
     source.type(target_.scalar_type());
@@ -374,13 +359,16 @@ void move_blocks_op(const Tensor& target_, const std::optional<Tensor>& target_i
     const int64_t* target_ids = ids(target_ids_, "target_ids", to);
     const int64_t* source_ids = ids(source_ids_, "source_ids", from);
     require(count <= INT_MAX && to.planes <= INT_MAX, "target has too many blocks");
+    require(max_thread_blocks >= 0 && max_thread_blocks <= INT_MAX, "max_thread_blocks must be positive, or 0 for no limit, but is ",
+            max_thread_blocks);
 
     where.on_cuda();
     const On on(where);
     for (const Argument* side : {&target, &source})
         if (side->tensor().get_device_index() != on.device()) reach(side->tensor().get_device_index(), side->name());
     On::check(move_blocks(target.data(), target_ids, to.plane_bytes, source.data(), source_ids, from.plane_bytes,
-                          static_cast<int>(to.planes), static_cast<int>(count), to.block_bytes, on.stream()), "move_blocks");
+                          static_cast<int>(to.planes), static_cast<int>(count), to.block_bytes,
+                          static_cast<int>(max_thread_blocks), on.stream()), "move_blocks");
 }
 
 // ------------------------------------------------------------------------------------------------------- attention
@@ -473,7 +461,7 @@ void prefill_attention_op(const Tensor& out, const Tensor& query, const Tensor& 
 
 void linear_op(const Tensor& out_, const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& residual,
-               double eps, bool silu, const std::optional<Tensor>& then, int64_t then_row_bytes) {
+               double eps, bool silu) {
     const Argument out(out_, "out"), x(x_, "x"), weight(weight_, "weight");
     x.on_cuda().contiguous().require_dim(2);
     weight.on_device_of(x).type(x_.scalar_type()).shape({any, x.size(1)}).contiguous();
@@ -486,8 +474,7 @@ void linear_op(const Tensor& out_, const Tensor& x_, const Tensor& weight_, cons
                                     optional_data(bias, "bias", x, {out_features}),
                                     optional_data(norm_weight, "norm_weight", x, {in_features}),
                                     optional_data(residual, "residual", x, {tokens, columns}),
-                                    static_cast<float>(eps), tokens, in_features, out_features, silu, dtype,
-                                    prefetch_of(then, then_row_bytes, x)};
+                                    static_cast<float>(eps), tokens, in_features, out_features, silu, dtype};
     if (tokens == 0) return;
     launch_on(x, "linear", [&](cudaStream_t stream) { return linear(arguments, stream); });
 }
@@ -508,14 +495,15 @@ int64_t decode_scratch_bytes_op(int64_t num_rows, int64_t heads, int64_t head_di
 }  // namespace
 
 STABLE_TORCH_LIBRARY(nanopd, m) {
-    m.def("rms_norm(Tensor(a!) out, Tensor x, Tensor weight, float eps, Tensor? then=None, int then_row_bytes=0) -> ()");
+    m.def("rms_norm(Tensor(a!) out, Tensor x, Tensor weight, float eps) -> ()");
     m.def("silu_and_mul(Tensor(a!) out, Tensor gate_up) -> ()");
     m.def("rope_and_store(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float eps, "
           "Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, int heads) -> ()");
     m.def("embed(Tensor(a!) out, Tensor(b!) cos, Tensor(c!) sin, Tensor token_ids, Tensor positions, Tensor last_drawn, "
           "Tensor weight, Tensor cos_table, Tensor sin_table) -> ()");
     m.def("greedy_sample(Tensor(a!) token_ids, Tensor(b!) logprobs, Tensor(c!) broken, Tensor logits) -> ()");
-    m.def("move_blocks(Tensor(a!) target, Tensor? target_ids, Tensor source, Tensor? source_ids) -> ()");
+    m.def("move_blocks(Tensor(a!) target, Tensor? target_ids, Tensor source, Tensor? source_ids, "
+          "int max_thread_blocks=0) -> ()");
     m.def("naive_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, "
           "Tensor query_starts, Tensor context_lens, float scale) -> ()");
     m.def("plan_decode(Tensor(a!) plan, Tensor context_lens, int block_size, int heads, int kv_heads, int head_dim, "
@@ -525,7 +513,7 @@ STABLE_TORCH_LIBRARY(nanopd, m) {
     m.def("prefill_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, "
           "Tensor query_starts, Tensor context_lens, int max_query_len, float scale) -> ()");
     m.def("linear(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? residual, "
-          "float eps, bool silu, Tensor? then=None, int then_row_bytes=0) -> ()");
+          "float eps, bool silu) -> ()");
     m.def("linear_supports(Tensor x, int out_features, bool silu) -> bool");
     m.def("decode_plan_bytes(int num_rows) -> int");
     m.def("decode_scratch_bytes(int num_rows, int heads, int head_dim) -> int");

@@ -26,7 +26,7 @@ struct MoveArguments {
 // Moves units of 16 bytes, or of 2 for blocks that are no multiple of 16.
 template <typename Unit>
 __global__ void move_blocks_kernel(const MoveArguments a) {
-    wait_for_previous();  // and the next waits for all of this: decode_attention would read blocks early
+    wait_for_previous();  // and nothing may start early: decode_attention reads blocks before it waits
     const int64_t warps = int64_t(gridDim.x) * (threads / 32);
     const int lane = threadIdx.x % 32;
     for (int64_t p = (int64_t(blockIdx.x) * threads + threadIdx.x) / 32; p < a.pieces; p += warps) {
@@ -49,12 +49,13 @@ __global__ void move_blocks_kernel(const MoveArguments a) {
 }
 
 template <typename Unit>
-cudaError_t launch_move_blocks(MoveArguments arguments, int planes, cudaStream_t stream) {
+cudaError_t launch_move_blocks(MoveArguments arguments, int planes, int max_thread_blocks, cudaStream_t stream) {
     arguments.pieces_per_block = (arguments.block_bytes / int64_t(sizeof(Unit)) + piece - 1) / piece;
     arguments.pieces = arguments.pieces_per_block * planes * arguments.num_blocks;
     if (arguments.pieces == 0) return cudaSuccess;
     const int64_t wanted = (arguments.pieces + threads / 32 - 1) / (threads / 32);
-    const int grid = static_cast<int>(std::min<int64_t>(wanted, 8 * multiprocessor_count()));
+    const int most = max_thread_blocks > 0 ? max_thread_blocks : 8 * multiprocessor_count();
+    const int grid = static_cast<int>(std::min<int64_t>(wanted, most));
     return launch(move_blocks_kernel<Unit>, grid, threads, 0, stream, arguments);
 }
 
@@ -62,13 +63,15 @@ cudaError_t launch_move_blocks(MoveArguments arguments, int planes, cudaStream_t
 
 cudaError_t move_blocks(void* target, const int64_t* target_ids, int64_t target_plane_bytes, const void* source,
                         const int64_t* source_ids, int64_t source_plane_bytes, int planes, int num_blocks,
-                        int64_t block_bytes, cudaStream_t stream) {
+                        int64_t block_bytes, int max_thread_blocks, cudaStream_t stream) {
     const MoveArguments arguments{static_cast<char*>(target), target_ids, target_plane_bytes,
                                   static_cast<const char*>(source), source_ids, source_plane_bytes,
                                   num_blocks, block_bytes, 0, 0};
     const uintptr_t bases = reinterpret_cast<uintptr_t>(target) | reinterpret_cast<uintptr_t>(source);
-    if (block_bytes % 16 == 0 && bases % 16 == 0) return launch_move_blocks<uint4>(arguments, planes, stream);
-    return launch_move_blocks<uint16_t>(arguments, planes, stream);
+    if (block_bytes % 16 == 0 && bases % 16 == 0) {
+        return launch_move_blocks<uint4>(arguments, planes, max_thread_blocks, stream);
+    }
+    return launch_move_blocks<uint16_t>(arguments, planes, max_thread_blocks, stream);
 }
 
 }  // namespace nanopd

@@ -50,7 +50,8 @@ struct alignas(size_ * sizeof(T)) Pack {
 // and newer). Before it reads what earlier kernels wrote, or writes anything at all, every thread calls
 // `wait_for_previous()`; before that it may only read constants, such as weights. It calls `let_next_start()` as
 // soon as the next kernel's prologue may take up room on the GPU. Every kernel must wait, also those with nothing to
-// read, or completion would not be passed on along the chain.
+// read, or completion would not be passed on along the chain. decode_attention reads more than constants early, and counts
+// on embed and itself letting the next start only after their wait.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -90,17 +91,6 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    Arguments&&... arguments) {
     return launch_clusters(kernel, 1, grid, block, shared_bytes, stream, arguments...);
-}
-
-// A thread's share of a prefetch. GPUs before sm_90 have no instruction that fetches so much at once, and go without.
-__device__ __forceinline__ void prefetch_to_l2(const Prefetch& what, int64_t thread, int64_t threads) {
-#if __CUDA_ARCH__ >= 900
-    if (what.data == nullptr) return;
-    for (int64_t row = thread; row < what.rows; row += threads)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                         static_cast<const char*>(what.data) + row * what.stride_bytes),
-                     "r"(static_cast<uint32_t>(what.row_bytes)));
-#endif
 }
 
 // ------------------------------------------------------------------------------------------------- reductions

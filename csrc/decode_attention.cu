@@ -22,9 +22,11 @@
 //     scores [16 keys, 8 queries]   = K [16 keys, dim] x Q^T [dim, 8 queries]
 //     output [dim, 8 queries]      += V^T [dim, 16 keys] x weights [16 keys, 8 queries]
 //
-// The plan, the block tables and all keys and values but a row's newest are read before wait_for_previous(), while the
-// kernel before this one still runs. So that one must not have written them, and must wait for its own predecessors
-// before it lets the next start (rope_and_store, which writes the newest keys, values and the queries, does).
+// The plan, the block tables and all keys and values but a row's newest are read before wait_for_previous(), while earlier
+// kernels may still run. A kernel that lets the next start before its own wait says nothing about those before it; one
+// that waits first says that they are complete. The first of that kind, going back from here, is the attention of the
+// layer before, or embed: by then all that is read early has been written. Of those in between, rope_and_store alone
+// writes to the cache, and only new tokens' keys and values.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>

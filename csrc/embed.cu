@@ -19,8 +19,8 @@ __device__ void copy_row(T* out, const T* row, int size) {
 // One thread block for each token.
 template <typename T>
 __global__ void embed_kernel(const EmbedArguments a) {
-    let_next_start();
     wait_for_previous();
+    let_next_start();  // in this order: decode_attention relies on what came before this kernel being complete
     const int64_t token = blockIdx.x, id = a.token_ids[token], position = a.positions[token];
     const int64_t known = id >= 0 ? id : a.last_drawn[-1 - id];
     copy_row(static_cast<T*>(a.out) + token * a.hidden_size, static_cast<const T*>(a.weight) + known * a.hidden_size,

@@ -7,8 +7,11 @@
 
 namespace nanopd {
 
-// Shared memory for a block, such that two fit a multiprocessor: this kernel's, and the next one's with its weights.
-constexpr int kSharedBudget = 113 * 1024;
+// Shared memory for a block, such that two kernels' blocks fit a multiprocessor: this one's, and the next one's with its
+// weights. Of two such kernels in a row one takes the larger part, more than half, so that none of its blocks can share
+// a multiprocessor with another of its own, nor then can the other's: who shares one has half the memory's attention,
+// and all wait for the last.
+constexpr int kLargerBudget = 119 * 1024, kSmallerBudget = 106 * 1024;
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -25,15 +25,6 @@ struct PagedCache {
     DType dtype;
 };
 
-// The beginning of each row of a matrix that a kernel soon to come reads first: a weight. Who is given one asks for it to
-// be fetched into L2, so that memory does not idle while short kernels wait for one another. null: nothing.
-struct Prefetch {
-    const void* data;
-    int64_t rows;
-    int64_t row_bytes;     // a multiple of 16
-    int64_t stride_bytes;  // from row to row
-};
-
 // R rows of new tokens laid end to end, T in all. Query and output are [T, heads, head_dim]; a token of the query is
 // `query_stride` elements after the one before (it may be a part of the fused QKV output), the output is contiguous.
 struct Rows {
@@ -52,7 +43,7 @@ struct Rows {
 // out[r] = weight * normed(x[r]), the root mean square taken in float32 and rounded to the dtype before the weight,
 // as Hugging Face does. x, out [rows, size].
 cudaError_t rms_norm(void* out, const void* x, const void* weight, int rows, int size, float eps, DType dtype,
-                     const Prefetch& then, cudaStream_t stream);
+                     cudaStream_t stream);
 
 // out[r, i] = silu(gate_up[r, i]) * gate_up[r, size + i]. gate_up [rows, 2 * size], out [rows, size].
 cudaError_t silu_and_mul(void* out, const void* gate_up, int rows, int size, DType dtype, cudaStream_t stream);
@@ -96,10 +87,11 @@ cudaError_t greedy_sample(int64_t* token_ids, float* logprobs, bool* broken, con
 
 // Copy n blocks of `block_bytes` (an even number) in each of `planes` planes, source_ids[i] to target_ids[i].
 // Plane p of the source begins p * source_plane_bytes after `source`, likewise the target's; a null id list means
-// 0..n-1. Source and target may lie on different GPUs that can reach each other. One launch.
+// 0..n-1. Source and target may lie on different GPUs that can reach each other. One launch, of at most
+// `max_thread_blocks` thread blocks (0: as many as fill the GPU), for copies beside which something else shall run.
 cudaError_t move_blocks(void* target, const int64_t* target_ids, int64_t target_plane_bytes, const void* source,
                         const int64_t* source_ids, int64_t source_plane_bytes, int planes, int num_blocks,
-                        int64_t block_bytes, cudaStream_t stream);
+                        int64_t block_bytes, int max_thread_blocks, cudaStream_t stream);
 
 // --------------------------------------------------------------------------------------- naive_attention.cu
 
@@ -118,7 +110,8 @@ cudaError_t plan_decode(void* plan, const int* context_lens, int num_rows, int b
 
 // One new token a row (query_starts is ignored). Partial results live in `scratch` between the split and the merge.
 // Reads the plan, the block tables and all but the rows' newest keys and values before it waits for the kernel launched
-// before it: that one may write only the newest, and must wait for its own predecessors before it lets the next start.
+// before it. So after the kernels that write these must come one that waits before it lets the next start, or the last
+// of them must let none start early.
 // The plan counts arrivals at the merge, and is as it was after each call. No virtual head (a KV head and up to 16 of
 // its queries, 8 above a head size of 128 or in float32) may go without a thread block: cudaErrorInvalidValue.
 int64_t decode_scratch_bytes(int num_rows, int heads, int head_dim);
@@ -153,7 +146,6 @@ struct LinearArguments {
     int out_features;
     bool silu;
     DType dtype;
-    Prefetch then;  // what the linear after next reads: the next one's weights are fetched by itself
 };
 bool linear_supports(int tokens, int in_features, int out_features, bool silu, DType dtype);
 cudaError_t linear(const LinearArguments& arguments, cudaStream_t stream);

@@ -47,8 +47,7 @@ __device__ __forceinline__ float block_sum(float value) {
 
 // A thread block to a row, which stays in registers: `items` vectors a thread.
 template <typename T, typename V, int items>
-__global__ void rms_norm_kernel(T* out, const T* x, const T* weight, int size, float eps, Prefetch then) {
-    prefetch_to_l2(then, int64_t(blockIdx.x) * blockDim.x + threadIdx.x, int64_t(gridDim.x) * blockDim.x);
+__global__ void rms_norm_kernel(T* out, const T* x, const T* weight, int size, float eps) {
     const int count = size / V::size;
     V weights[items], row[items];
 #pragma unroll
@@ -87,14 +86,14 @@ __global__ void rms_norm_kernel(T* out, const T* x, const T* weight, int size, f
 
 template <typename T, typename V>
 cudaError_t launch_rms_norm(void* out, const void* x, const void* weight, int rows, int size, float eps,
-                            const Prefetch& then, cudaStream_t stream) {
+                            cudaStream_t stream) {
     const int count = size / V::size;
     // Few rows want all threads on one; many rows fill the GPU anyway, and then small blocks overlap better.
     const int most_threads = rows <= multiprocessor_count() ? 1024 : 256;
     const auto run = [&](auto kernel, int items) {
         const int threads = divide_up(divide_up(count, items), 32) * 32;
         return launch(kernel, rows, threads, 0, stream, static_cast<T*>(out), static_cast<const T*>(x),
-                      static_cast<const T*>(weight), size, eps, then);
+                      static_cast<const T*>(weight), size, eps);
     };
     if (count <= most_threads) return run(rms_norm_kernel<T, V, 1>, 1);
     if (count <= 2 * most_threads) return run(rms_norm_kernel<T, V, 2>, 2);
@@ -181,8 +180,10 @@ __global__ void rope_and_store_kernel(const RopeArguments<T> a) {
             weights[1][i] = load(weight + half + d);
         });
     }
+    // Before the wait: decode_attention, the next, may start while the products before this kernel still run. What it reads
+    // early was complete before these could start, as is said there.
+    let_next_start();
     wait_for_previous();
-    let_next_start();  // in this order: decode_attention, the next, reads early what came before this kernel
 
     // All that is read is asked for at once, also what a value has no use for.
     const int64_t slot = working && !is_query ? a.slot_mapping[token] : -1;
@@ -259,13 +260,13 @@ cudaError_t launch_rope_and_store(RopeArguments<T> arguments, cudaStream_t strea
 }  // namespace
 
 cudaError_t rms_norm(void* out, const void* x, const void* weight, int rows, int size, float eps, DType dtype,
-                     const Prefetch& then, cudaStream_t stream) {
+                     cudaStream_t stream) {
     if (rows == 0) return cudaSuccess;
     return dispatch(dtype, [&](auto zero) {
         using T = decltype(zero);
         if (size % Pack<T>::size == 0 && all_aligned(out, x, weight))
-            return launch_rms_norm<T, Pack<T>>(out, x, weight, rows, size, eps, then, stream);
-        return launch_rms_norm<T, Pack<T, 1>>(out, x, weight, rows, size, eps, then, stream);
+            return launch_rms_norm<T, Pack<T>>(out, x, weight, rows, size, eps, stream);
+        return launch_rms_norm<T, Pack<T, 1>>(out, x, weight, rows, size, eps, stream);
     });
 }
 

@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_tokens_kernel(LinearArguments
         commit_copies();
         if (arguments.norm_weight) {
             const int column = (i % pieces * kWarps + warp) * kPiece + lane_column;
-            const Pack<T> weight = *reinterpret_cast<const Pack<T>*>(norm_weight + (column < in ? column : 0));
+            const Fragment weight = *reinterpret_cast<const Fragment*>(norm_weight + (column < in ? column : 0));
 #pragma unroll
             for (int n = 0; n < kTokenTiles; n++) tokens[n] = normalise<T>(tokens[n], weight, inverse_rms[n]);
         }
@@ -189,11 +189,12 @@ __global__ void __launch_bounds__(kThreads, 2) few_tokens_kernel(LinearArguments
             const int row = (blockIdx.x + i / pieces * gridDim.x) * kTileRows + lane_row + j % 4 / 2 * 8;
             const int token = j / 4 * kTileTokens + lane % 4 * 2 + j % 2;
             if (row >= rows || token >= arguments.tokens) continue;
+            const Addends addends = addends_of<T, kSilu>(arguments, token, row, rows);
             float y[2] = {};
 #pragma unroll
             for (int t = 0; t < kRowTiles; t++)
                 for (int w = 0; w < kWarps; w++) y[t] += shared.sums[parity][w][t * kTokenTiles * 4 + j][lane];
-            finish<T, kSilu>(arguments, y[0], y[1], token, row, rows);
+            finish<T, kSilu>(arguments, y[0], y[1], addends, token, row, rows);
         }
     }
 }

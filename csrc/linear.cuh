@@ -37,15 +37,32 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const Fragment& low, 
     mma(sums, low.words[2], high.words[2], low.words[3], high.words[3], x.words[2], x.words[3], type);
 }
 
+__device__ __forceinline__ __nv_bfloat162 normalise(__nv_bfloat162 x, __nv_bfloat162 weight, float inverse_rms) {
+    const float2 values = __bfloat1622float2(x);
+    return __hmul2(weight, __floats2bfloat162_rn(values.x * inverse_rms, values.y * inverse_rms));
+}
+__device__ __forceinline__ __half2 normalise(__half2 x, __half2 weight, float inverse_rms) {
+    const float2 values = __half22float2(x);
+    return __hmul2(weight, __floats2half2_rn(values.x * inverse_rms, values.y * inverse_rms));
+}
+
+template <typename T>
+struct PairOf;
+template <>
+struct PairOf<__nv_bfloat16> { using Type = __nv_bfloat162; };
+template <>
+struct PairOf<__half> { using Type = __half2; };
+
 // Eight columns of x become eight columns of its norm: rounded before the weight and after it, as rms_norm does.
 template <typename T>
-__device__ __forceinline__ Fragment normalise(const Fragment& x, const Pack<T>& weight, float inverse_rms) {
-    const Pack<T>& values = reinterpret_cast<const Pack<T>&>(x);
-    Pack<T> out;
+__device__ __forceinline__ Fragment normalise(Fragment x, Fragment weight, float inverse_rms) {
+    using Pair = typename PairOf<T>::Type;
 #pragma unroll
-    for (int i = 0; i < Pack<T>::size; i++)
-        out.values[i] = weight.values[i] * from_float<T>(to_float(values.values[i]) * inverse_rms);
-    return reinterpret_cast<const Fragment&>(out);
+    for (int i = 0; i < 4; i++) {
+        Pair& pair = reinterpret_cast<Pair&>(x.words[i]);
+        pair = normalise(pair, reinterpret_cast<const Pair&>(weight.words[i]), inverse_rms);
+    }
+    return x;
 }
 
 template <typename T>
@@ -53,18 +70,27 @@ __device__ __forceinline__ float value_at(const void* pointer, int64_t i) {
     return to_float(static_cast<const T*>(pointer)[i]);
 }
 
-// The end of output [token, row] of `rows`: bias, silu, residual, and the one rounding. `up` counts with silu only.
+// What is added to output [token, row] of `rows`; read ahead of its sums, it is there when they are.
+struct Addends {
+    float bias, up_bias, residual;
+};
+
 template <typename T, bool kSilu>
-__device__ __forceinline__ void finish(const LinearArguments& arguments, float y, float up, int token, int row,
-                                       int rows) {
-    if (arguments.bias) y += value_at<T>(arguments.bias, row);
-    if constexpr (kSilu) {
-        if (arguments.bias) up += value_at<T>(arguments.bias, row + rows);
-        y = y / (1.0f + __expf(-y)) * up;
-    }
-    const int64_t at = static_cast<int64_t>(token) * rows + row;
-    if (arguments.residual) y += value_at<T>(arguments.residual, at);
-    static_cast<T*>(arguments.out)[at] = from_float<T>(y);
+__device__ __forceinline__ Addends addends_of(const LinearArguments& arguments, int token, int row, int rows) {
+    Addends addends{};
+    if (arguments.bias) addends.bias = value_at<T>(arguments.bias, row);
+    if (kSilu && arguments.bias) addends.up_bias = value_at<T>(arguments.bias, row + rows);
+    if (arguments.residual) addends.residual = value_at<T>(arguments.residual, static_cast<int64_t>(token) * rows + row);
+    return addends;
+}
+
+// The end of that output: bias, silu, residual, and the one rounding. `up` counts with silu only.
+template <typename T, bool kSilu>
+__device__ __forceinline__ void finish(const LinearArguments& arguments, float y, float up, const Addends& addends,
+                                       int token, int row, int rows) {
+    y += addends.bias;
+    if constexpr (kSilu) y = y / (1.0f + __expf(-y)) * (up + addends.up_bias);
+    static_cast<T*>(arguments.out)[static_cast<int64_t>(token) * rows + row] = from_float<T>(y + addends.residual);
 }
 
 }  // namespace nanopd

@@ -15,19 +15,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanopd.cluster import Cluster
     from nanopd.config import ConfigError, Topology
     from nanopd.core import (
         BeamSearchParams,
         CompletionOutput,
         FinishReason,
         InvalidRequest,
+        Overloaded,
         Request,
         RequestMetrics,
         RequestOutput,
         SamplingParams,
         TokenEvent,
     )
-    from nanopd.llm import LLM, Cluster
+    from nanopd.llm import LLM
     from nanopd.models.resolve import ModelError
     from nanopd.workbook.check import check
     from nanopd.workbook.predict import predict
@@ -43,6 +45,7 @@ __all__ = [
     "FinishReason",
     "InvalidRequest",
     "ModelError",
+    "Overloaded",
     "Request",
     "RequestMetrics",
     "RequestOutput",
@@ -55,12 +58,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "nanopd.cluster": ("Cluster",),
     "nanopd.config": ("ConfigError", "Topology"),
     "nanopd.core": (
-        "BeamSearchParams", "CompletionOutput", "FinishReason", "InvalidRequest", "Request", "RequestMetrics",
-        "RequestOutput", "SamplingParams", "TokenEvent",
+        "BeamSearchParams", "CompletionOutput", "FinishReason", "InvalidRequest", "Overloaded", "Request",
+        "RequestMetrics", "RequestOutput", "SamplingParams", "TokenEvent",
     ),
-    "nanopd.llm": ("LLM", "Cluster"),
+    "nanopd.llm": ("LLM",),
     "nanopd.models.resolve": ("ModelError",),
     "nanopd.workbook.check": ("check",),
     "nanopd.workbook.predict": ("predict",),

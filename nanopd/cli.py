@@ -58,6 +58,12 @@ def demo(
     model: Model = "tiny",
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 320,
     device: Device = None,
+    topology: Annotated[str | None, typer.Option(
+        help="Workers as ROLE:DEVICE, P (prefill) and D (decode), also C (collocated): 'P:0 D:1'. Default: P and D on "
+             "one device.")] = None,
+    executor: Annotated[str | None, typer.Option(
+        help="inline: one process; process: one for each GPU, or each worker on the CPU. Default: inline where there "
+             "is one device.")] = None,
 ) -> None:
     """Run the same prompts through both pipelines and compare them. Fails where they differ."""
     from rich.console import Console
@@ -68,9 +74,10 @@ def demo(
     with _plain_errors():
         if console.is_terminal:
             with console.status("starting") as status:
-                result = run(model, max_tokens, device, progress=status.update)
+                result = run(model, max_tokens, device, topology, executor, progress=status.update)
         else:
-            result = run(model, max_tokens, device, progress=lambda text: console.print(text, highlight=False))
+            result = run(model, max_tokens, device, topology, executor,
+                         progress=lambda text: console.print(text, highlight=False))
     show(result, console)
     raise typer.Exit(result.exit_code)
 

@@ -7,10 +7,20 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from nanopd.core import BeamSearchParams, InvalidRequest, Request, RequestOutput, SamplingParams, TokenEvent
+from nanopd.core import (
+    BeamSearchParams,
+    InvalidRequest,
+    Overloaded,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenEvent,
+)
 from nanopd.engine.limits import Limits
 from nanopd.engine.output import OutputProcessor
 
@@ -74,12 +84,12 @@ class Client(ABC):
         """
         return self._submit(self._make_request(prompt, sampling_params or SamplingParams()))
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """The answer's events as they are drawn. Leaving the loop early cancels the request.
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> Iterator[TokenEvent]:
+        """The answer's events as they are drawn. Leaving the loop early cancels the request. `options` are `submit`'s.
 
         Raises InvalidRequest if it can't be served, and says why.
         """
-        return self._events_of(self.submit(prompt, sampling_params))
+        return self._events_of(self.submit(prompt, sampling_params, **options))
 
     @staticmethod
     def _events_of(stream: Stream) -> Iterator[TokenEvent]:
@@ -163,20 +173,27 @@ class Client(ABC):
     def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         for request in requests:
             self.limits.check(request)
-        streams: list[Stream] = []
+        waiting, streams = deque(requests), list[Stream]()
         progress = _Progress(len(requests), enabled=use_tqdm)
         try:
-            for request in requests:
-                streams.append(self._submit(request))
-            while not all(stream.finished for stream in streams):
+            self._submit_first(waiting, streams)
+            while waiting or not all(stream.finished for stream in streams):
                 before = sum(stream.finished for stream in streams)
                 events = self.step()
                 progress.update(streams, sum(stream.finished for stream in streams) - before, events)
+                self._submit_first(waiting, streams)
         finally:  # an interrupt must not leave requests behind
             progress.close()
             for stream in streams:
                 stream.close()
         return [stream.result() for stream in streams]
+
+    def _submit_first(self, waiting: deque[Request], streams: list[Stream]) -> None:
+        """As many as are let in now."""
+        with suppress(Overloaded):
+            while waiting:
+                streams.append(self._submit(waiting[0]))
+                waiting.popleft()
 
     # ---------------------------------------------------------------------------------------------- parts
 
@@ -189,7 +206,8 @@ class Client(ABC):
     def _release(self) -> None: ...
 
     @abstractmethod
-    def _start(self, request: Request) -> None: ...
+    def _start(self, request: Request, **options: Any) -> None:
+        """Let a request in. `options` are those of `submit` that are not part of the request."""
 
     @abstractmethod
     def _advance(self) -> list[TokenEvent]: ...
@@ -200,8 +218,8 @@ class Client(ABC):
     @abstractmethod
     def _stop_answer(self, request_id: str, index: int) -> None: ...
 
-    def _submit(self, request: Request) -> Stream:
-        self._start(request)
+    def _submit(self, request: Request, **options: Any) -> Stream:
+        self._start(request, **options)
         self._outputs.add(request)
         stream = self._streams[request.request_id] = Stream(self, request.request_id)
         return stream
@@ -213,14 +231,16 @@ class Client(ABC):
             if self._outputs.is_finished(request_id):
                 self._streams.pop(request_id)._output = self._outputs.pop(request_id)
 
-    def _make_request(self, prompt: Prompt, sampling: SamplingParams, beam: BeamSearchParams | None = None) -> Request:
+    def _make_request(self, prompt: Prompt, sampling: SamplingParams, beam: BeamSearchParams | None = None,
+                      timeout: float | None = None) -> Request:
         text, token_ids = self._tokenize(prompt)
         if not isinstance(sampling, SamplingParams):
             raise InvalidRequest(f"sampling_params must be SamplingParams, got {type(sampling).__name__}: {sampling!r:.80}")
         if sampling.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none: use stop_token_ids")
         seed = sampling.seed if sampling.seed is not None else self._random.getrandbits(64)
-        return Request(str(next(self._request_ids)), token_ids, sampling, text, beam, seed=seed)
+        request = Request(str(next(self._request_ids)), token_ids, sampling, text, beam, seed=seed)
+        return request if timeout is None else replace(request, deadline=request.arrival_time + _seconds(timeout))
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
@@ -252,6 +272,12 @@ class Client(ABC):
                 raise InvalidRequest(f"a conversation is a list of {MESSAGE_FORM}; got {message!r:.80}")
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return {"prompt": text, "prompt_token_ids": self._token_ids(text, add_special_tokens=False)}
+
+
+def _seconds(timeout: float) -> float:
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+        raise InvalidRequest(f"timeout must be a number of seconds above 0, or None, got {timeout!r}")
+    return timeout
 
 
 def _one_for_each(params: SamplingParams | list[SamplingParams] | None, number: int) -> list[SamplingParams]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 
@@ -92,7 +93,7 @@ class SchedulerConfig:
 
 
 ROLES = {"C": "collocated", "P": "prefill", "D": "decode"}
-MODES = ("collocated", "disaggregated")
+MODES = {"collocated": ("C",), "disaggregated": ("P", "D")}  # and the roles each needs
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,23 @@ class Topology:
         _require(bool(placements), "a topology needs at least one worker, for example 'C:cpu'")
         return cls(tuple(placements))
 
+    @property
+    def workers(self) -> dict[str, Placement]:
+        """By worker id: a role's letter and a number, "C0", "P0", "P1", "D0", ..."""
+        numbers = {role: count() for role in ROLES}
+        return {f"{placement.role}{next(numbers[placement.role])}": placement for placement in self.placements}
+
+    @property
+    def devices(self) -> list[str]:
+        """Each once, in the order they are first named."""
+        return list(dict.fromkeys(placement.device for placement in self.placements))
+
     def check_mode(self, mode: str) -> None:
         """Raises ConfigError where `mode` is unknown or needs a role that is not there."""
         _require(mode in MODES, f"unknown mode {mode!r}; modes are {', '.join(MODES)}")
         roles = {placement.role for placement in self.placements}
-        needed = {"collocated": {"C"}, "disaggregated": {"P", "D"}}[mode]
-        _require(needed <= roles, f"mode {mode!r} needs workers of role {' and '.join(sorted(needed))}; "
+        needed = MODES[mode]
+        _require(roles.issuperset(needed), f"mode {mode!r} needs workers of role {' and '.join(sorted(needed))}; "
                  f"the topology {self} has {' '.join(sorted(roles))}")
 
     def __str__(self) -> str:

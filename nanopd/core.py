@@ -22,6 +22,10 @@ class InvalidRequest(ValueError):
     """The request can't be served as asked. The message says what was wrong and what is allowed."""
 
 
+class Overloaded(RuntimeError):
+    """As many requests are open as may be. The message says how many; the same request may be let in a little later."""
+
+
 # ------------------------------------------------------------------------------------------------ sampling
 
 
@@ -273,6 +277,7 @@ class Request:
     beam: BeamSearchParams | None = None
     arrival_time: float = field(default_factory=time.monotonic)
     seed: int = 0  # the request's own random seed, drawn at submission where the client gave none
+    deadline: float | None = None  # seconds, monotonic clock: a cluster gives the request up then
 
     @property
     def num_answers(self) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nanopd.config import ConfigError, Placement, Topology
 from nanopd.core import FinishReason, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 
 WARM_UP = "What is 1+1?"
 VERDICT_COLOURS = {"right": "green", "wrong": "red", "cut off": "yellow"}
+SHARED_DEVICE = (" The disaggregated pipeline's workers share one device here, so the times show where a request waits, "
+                 "not which pipeline is faster.")
 LONGEST_ANSWER = 320  # tokens; room for the embedded model's longest story
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A way to serve, and the workers it needs on one device."""
+    """A way to serve, and the workers it needs."""
 
     mode: str
     topology: str
@@ -75,9 +78,10 @@ class Row:
 @dataclass(frozen=True)
 class Result:
     model: str
-    device: str
+    device: str  # or several, as they are shown
     rows: list[Row]
     seconds: float
+    shares_device: bool = True  # all workers of the disaggregated pipeline are on one
 
     @property
     def differing(self) -> list[Row]:
@@ -88,9 +92,15 @@ class Result:
         return 1 if self.differing else 0
 
 
-def pipelines(device: str) -> tuple[Pipeline, Pipeline]:
-    """`device` as a topology writes it: "cpu", or a GPU's number."""
-    return (Pipeline("collocated", f"C:{device}"), Pipeline("disaggregated", f"P:{device} D:{device}"))
+def pipelines(topology: Topology) -> tuple[Pipeline, Pipeline]:
+    """The topology's disaggregated pipeline, and a collocated one: its own, or a worker on each of its devices.
+
+    Raises ConfigError where there is no disaggregated one.
+    """
+    topology.check_mode("disaggregated")
+    collocated = [placement for placement in topology.placements if placement.role == "C"]
+    collocated = collocated or [Placement("C", device) for device in topology.devices]
+    return Pipeline("collocated", str(Topology(tuple(collocated)))), Pipeline("disaggregated", str(topology))
 
 
 def pick_device(device: str | None = None) -> str:
@@ -102,18 +112,26 @@ def pick_device(device: str | None = None) -> str:
     return "0" if device == "cuda" else device.removeprefix("cuda:")
 
 
-def run(model: str = "tiny", max_tokens: int = LONGEST_ANSWER, device: str | None = None,
-        progress: Callable[[str], object] = lambda text: None) -> Result:
-    """Serve the demo prompts both ways. `progress` is told what is under way."""
+def run(model: str = "tiny", max_tokens: int = LONGEST_ANSWER, device: str | None = None, topology: str | None = None,
+        executor: str | None = None, progress: Callable[[str], object] = lambda text: None) -> Result:
+    """Serve the demo prompts both ways. `progress` is told what is under way.
+
+    `topology`: such as "P:0 D:1"; default: both workers on `device`. `executor`: as `Cluster` takes it.
+    """
     from nanopd.tiny import demo_prompts
 
+    if topology is not None and device is not None:
+        raise ConfigError("a topology says which devices: leave --device out")
     start = time.perf_counter()
-    where = pick_device(device)
+    where = "P:{0} D:{0}".format(pick_device(device)) if topology is None else topology
+    workers = Topology.parse(where)
     tasks = demo_prompts()
-    with _one_thread(model == "tiny" and where == "cpu"):
-        collocated, disaggregated = (_serve(pipeline, model, tasks, max_tokens, progress) for pipeline in pipelines(where))
+    with _one_thread(model == "tiny" and workers.devices == ["cpu"]):
+        collocated, disaggregated = (_serve(pipeline, model, tasks, max_tokens, executor, progress)
+                                     for pipeline in pipelines(workers))
     rows = [Row(*parts) for parts in zip(tasks, collocated, disaggregated)]
-    return Result(model, _device_name(where), rows, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Result(model, _device_names(workers.devices), rows, seconds, shares_device=len(workers.devices) == 1)
 
 
 @contextmanager
@@ -132,16 +150,17 @@ def _one_thread(wanted: bool) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _serve(pipeline: Pipeline, model: str, tasks: Sequence[Task], max_tokens: int,
+def _serve(pipeline: Pipeline, model: str, tasks: Sequence[Task], max_tokens: int, executor: str | None,
            progress: Callable[[str], object]) -> list[Served]:
-    from nanopd.llm import Cluster
+    from nanopd.cluster import Cluster
 
     progress(f"{pipeline.mode}: loading {model} for {pipeline.topology}")
     # In float32 the pipelines' different batches leave the embedded model's greedy choices as they are.
     dtype = "float32" if model == "tiny" else None
-    with Cluster(model, topology=pipeline.topology, mode=pipeline.mode, dtype=dtype) as cluster:
+    with Cluster(model, topology=pipeline.topology, mode=pipeline.mode, executor=executor, dtype=dtype) as cluster:
         # What happens once, at first use, should not count as the first prompt's TTFT.
-        cluster.generate([WARM_UP], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
+        warm_ups = [WARM_UP] * len(cluster.topology.placements)  # one for each worker, and more
+        cluster.generate(warm_ups, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
         progress(f"{pipeline.mode}: answering {len(tasks)} prompts at once")
         params = SamplingParams(temperature=0, max_tokens=max_tokens)
         outputs = cluster.generate([task.prompt for task in tasks], params, use_tqdm=False)
@@ -155,12 +174,11 @@ def _served(output: RequestOutput, path: str) -> Served:
     return Served(answer.text, tuple(answer.token_ids), path, output.metrics.ttft, tpot, cut_off, output.error)
 
 
-def _device_name(where: str) -> str:
-    if where == "cpu":
-        return "the CPU"
+def _device_names(devices: list[str]) -> str:
     import torch
 
-    return f"GPU {where} ({torch.cuda.get_device_name(int(where))})"
+    return ", ".join("the CPU" if device == "cpu" else
+                     f"GPU {device.removeprefix('cuda:')} ({torch.cuda.get_device_name(device)})" for device in devices)
 
 
 # -------------------------------------------------------------------------------------------- on screen
@@ -170,8 +188,7 @@ def show(result: Result, console: Console) -> None:
     """Print the table, whether the pipelines agree, and where to go from here."""
     console.print(_table(result.rows, console.width))
     console.print("TTFT is the time to the first token, TPOT the time per token after it. All prompts were sent at once and "
-                  "share every step. The disaggregated pipeline's two workers share one device here, so the times show "
-                  "where a request waits, not which pipeline is faster.", style="bright_black", highlight=False)
+                  "share every step." + SHARED_DEVICE * result.shares_device, style="bright_black", highlight=False)
     console.print()
     console.print(_verdict(result), highlight=False)
     right = sum(row.verdict == "right" for row in result.rows)

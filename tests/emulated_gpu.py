@@ -22,7 +22,7 @@ from nanopd.paged_attention.batch import AttentionBatch
 FEW_TOKENS = 8  # rows that the emulated `linear` takes
 
 
-def rms_norm(x, weight, eps, then=cuda.NOTHING):
+def rms_norm(x, weight, eps):
     normed = x.float() * (x.float().pow(2).mean(-1, keepdim=True) + eps).rsqrt()
     return weight * normed.to(x.dtype)
 
@@ -59,7 +59,7 @@ def greedy_sample(logits, out=None):
     return out
 
 
-def move_blocks(target, target_ids, source, source_ids):
+def move_blocks(target, target_ids, source, source_ids, max_thread_blocks=0):
     axis = target.dim() - 4
     moved = source if source_ids is None else source.index_select(axis, source_ids)
     ids = torch.arange(moved.shape[axis]) if target_ids is None else target_ids
@@ -87,7 +87,7 @@ def prefill_attention(out, query, key_cache, value_cache, block_tables, query_st
     out[first:end] = reference.paged_attention(query[first:end], key_cache, value_cache, batch, scale)
 
 
-def linear(x, weight, bias=None, *, norm_weight=None, eps=0.0, residual=None, silu=False, then=cuda.NOTHING):
+def linear(x, weight, bias=None, *, norm_weight=None, eps=0.0, residual=None, silu=False):
     assert len(x) <= FEW_TOKENS
     y = F.linear(x if norm_weight is None else rms_norm(x, norm_weight, eps), weight, bias)
     y = silu_and_mul(y) if silu else y

@@ -72,16 +72,16 @@ def test_doctor_fails_only_where_the_engine_cannot_run(monkeypatch):
 def test_demo_s_exit_code_says_whether_the_pipelines_agree(monkeypatch, theirs, exit_code):
     asked = {}
 
-    def fake_run(model, max_tokens, device, progress):
-        asked.update(model=model, max_tokens=max_tokens, device=device)
+    def fake_run(model, max_tokens, device, topology, executor, progress):
+        asked.update(model=model, max_tokens=max_tokens, device=device, topology=topology, executor=executor)
         progress("collocated: loading")
         row = demo.Row(demo_task(), demo.Served("82", (1, 2), "C0", 0.1, 0.1), demo.Served("82", theirs, "P0 -> D0", 0.1, 0.1))
         return demo.Result(model, "the CPU", [row], 1.0)
 
     monkeypatch.setattr(demo, "run", fake_run)
-    result = run("demo", "--max-tokens", 24, "--device", "cpu")
+    result = run("demo", "--max-tokens", 24, "--topology", "P:0 D:1", "--executor", "process")
     assert result.exit_code == exit_code, result.output
-    assert asked == {"model": "tiny", "max_tokens": 24, "device": "cpu"}
+    assert asked == {"model": "tiny", "max_tokens": 24, "device": None, "topology": "P:0 D:1", "executor": "process"}
 
 
 def demo_task():

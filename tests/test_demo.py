@@ -4,7 +4,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from nanopd import demo
+from nanopd import ConfigError, Topology, demo
 from nanopd.demo import Result, Row, Served
 from nanopd.tiny.tasks import Task
 
@@ -90,7 +90,24 @@ def test_table_fits_80_columns():
 @pytest.mark.parametrize("device, where", [("cpu", "cpu"), ("cuda", "0"), ("cuda:3", "3")])
 def test_devices_as_a_topology_writes_them(device, where):
     assert demo.pick_device(device) == where
-    assert [pipeline.topology for pipeline in demo.pipelines(where)] == [f"C:{where}", f"P:{where} D:{where}"]
+
+
+@pytest.mark.parametrize("topology, collocated", [
+    ("P:cpu D:cpu", "C:cpu"), ("P:3 D:3", "C:3"), ("P:0 D:1", "C:0 C:1"), ("P:0 P:2 D:0 D:1", "C:0 C:2 C:1"),
+    ("C:5 P:0 D:1", "C:5"),
+])
+def test_a_topology_s_two_pipelines(topology, collocated):
+    """On the same devices, unless it says itself where the collocated workers are."""
+    both = demo.pipelines(Topology.parse(topology))
+    assert [(pipeline.mode, pipeline.topology) for pipeline in both] == [
+        ("collocated", collocated), ("disaggregated", topology)]
+
+
+def test_a_topology_without_a_disaggregated_pipeline():
+    with pytest.raises(ConfigError, match="needs workers of role D and P"):
+        demo.run(topology="C:cpu")
+    with pytest.raises(ConfigError, match="leave --device out"):
+        demo.run(topology="P:cpu D:cpu", device="cpu")
 
 
 def test_one_thread_is_only_borrowed():
@@ -117,3 +134,20 @@ def test_both_pipelines_agree_and_are_right():
     assert {row.disaggregated.path for row in result.rows} == {"P0 -> D0"}
     assert all(s.ttft > 0 and s.tpot > 0 for row in result.rows for s in (row.collocated, row.disaggregated))
     assert len(told) == 4
+
+
+def test_pipelines_of_processes_agree_too(monkeypatch):
+    import nanopd.tiny
+
+    tasks = nanopd.tiny.demo_prompts()[:2]
+    monkeypatch.setattr(nanopd.tiny, "demo_prompts", lambda: tasks)
+    result = demo.run(topology="P:cpu D:cpu", executor="process")
+    assert result.exit_code == 0, [row.difference for row in result.rows]
+    assert [row.verdict for row in result.rows] == ["right", "right"]
+    assert {row.disaggregated.path for row in result.rows} == {"P0 -> D0"}
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_times_are_explained_where_workers_share_a_device(shares):
+    text = shown(Result("tiny", "the CPU", [Row(TASK, served(), served())], 1.0, shares_device=shares))
+    assert ("share one device" in " ".join(text.split())) is shares

@@ -53,12 +53,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the client's side: text, without tensors
     "client": BASE | {"engine.limits", "engine.output"},
 }
-EVERYTHING = {*MAY_IMPORT, "llm", "benchmark", "widgets", "workbook", "doctor", "demo", "cli"}
+EVERYTHING = {*MAY_IMPORT, "llm", "cluster", "benchmark", "widgets", "workbook", "doctor", "demo", "cli"}
 
 # These sit on top: they may import anything, and only they import each other.
 TOP = {
     "": EVERYTHING,  # nanopd/__init__.py
     "llm": set(MAY_IMPORT),
+    "cluster": set(MAY_IMPORT),
     "benchmark": EVERYTHING - {"cli", "workbook"},
     "widgets": EVERYTHING - {"cli", "workbook"},
     "workbook": EVERYTHING - {"cli"},

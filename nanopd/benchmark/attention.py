@@ -179,7 +179,7 @@ def prefill_rows(cases: Iterable[tuple[int, int]] = PREFILLS) -> Iterator[dict[s
         progress(f"prefill attention: {new} after {prefix}")
         flops = attention_flops(shape.heads, shape.head_dim, new, prefix)
         calls = _prefill_calls(pool, new, prefix)
-        times, rate = beside_matmul(lambda calls=calls: [eager_us(call) for call in calls.values()])
+        times, rate = beside_matmul(lambda calls=calls: eager_us(list(calls.values())))
         for kernel, us in zip(calls, times):
             tflop_s = flops / us / 1e6
             yield {"op": "prefill_attention", "new": new, "prefix": prefix, **asdict(shape), "kernel": kernel,
@@ -193,14 +193,12 @@ def _prefill_calls(pool: Pool, new: int, prefix: int) -> dict[str, Call]:
     starts = torch.tensor([0, new], device="cuda", dtype=torch.int32)
     contexts = torch.tensor([context], device="cuda", dtype=torch.int32)
     query = torch.randn(new, shape.heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
-    out = torch.empty_like(query)
     cache = pool.key[:blocks], pool.value[:blocks]
     key, value = (part[table[0]].flatten(0, 1)[:context] for part in cache)
     nowhere = torch.full((new,), -1, device="cuda")  # attention alone stores nothing
     batch = AttentionBatch(nowhere, table, [new], [context], contexts=contexts, starts=starts)
     return {
         ENGINE: partial(ops.paged_attention, query, *cache, batch, shape.scale),
-        "paged": partial(cuda.prefill_attention, out, query, *cache, table, starts, contexts, new, shape.scale),
         "cudnn contiguous": peers.cudnn_prefill(query, key, value),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -31,17 +32,16 @@ def graph_us(calls: Sequence[Call], *, replays: int = 7, least_us: float = 2000.
     return pick([_span_us(graph.replay) for _ in range(replays)]) / (rounds * len(calls))
 
 
-def eager_us(call: Call, *, repeats: int = 7, least_us: float = 10_000.0, pick: Pick = statistics.median) -> float:
-    """Microseconds a call, launched one after the other: for what takes much longer than its launch."""
-    call()
-    rough = _span_us(call)
-    count = max(2, math.ceil(least_us / rough))
+def eager_us(calls: Sequence[Call], *, repeats: int = 7, least_us: float = 10_000.0,
+             pick: Pick = statistics.median) -> list[float]:
+    """Microseconds of each call, launched without a graph: for what takes much longer than its launch.
 
-    def several() -> None:
-        for _ in range(count):
-            call()
-
-    return pick([_span_us(several) for _ in range(repeats)]) / count
+    The calls take turns, `least_us` each: a GPU's clock falls as it heats up, and whoever came first would meet another
+    one than whoever came last.
+    """
+    counts = [_count_for(call, least_us) for call in calls]
+    turns = [[_span_us(partial(_repeat, call, count)) / count for call, count in zip(calls, counts)] for _ in range(repeats)]
+    return [pick(list(spans)) for spans in zip(*turns)]
 
 
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
@@ -57,6 +57,16 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
         for call in calls:
             call()
     return graph
+
+
+def _count_for(call: Call, least_us: float) -> int:
+    call()
+    return max(2, math.ceil(least_us / _span_us(call)))
+
+
+def _repeat(call: Call, count: int) -> None:
+    for _ in range(count):
+        call()
 
 
 def _span_us(work: Call) -> float:

@@ -28,6 +28,14 @@ class KVCache:
         shape = (spec.num_layers, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
         self.data = torch.empty(shape, device=device, dtype=dtype)
 
+    @classmethod
+    def of(cls, data: Tensor) -> KVCache:
+        """A cache in memory that is there already, such as another worker's. `data` is shaped as above."""
+        cache = cls.__new__(cls)
+        cache.num_blocks, cache.block_size = data.shape[2:4]
+        cache.data = data
+        return cache
+
     @property
     def num_layers(self) -> int:
         return self.data.shape[0]
@@ -54,30 +62,44 @@ class KVCache:
         else:
             self.data.index_copy_(2, destinations, self.data.index_select(2, sources))
 
-    def copy_to(self, other: KVCache, layers: range, source_blocks: Sequence[int], destination_blocks: Sequence[int]) -> None:
-        """Copy blocks of some layers into another cache of the same shape per block, which the device can address."""
+    def copy_to(self, other: KVCache, layers: range, source_blocks: Sequence[int] | Tensor,
+                destination_blocks: Sequence[int] | Tensor, max_thread_blocks: int = 0) -> None:
+        """Copy blocks of some layers into another cache of the same shape per block, which the device can address.
+
+        `max_thread_blocks` is as in `cuda.move_blocks`.
+        """
         source, target = (cache.data[layers.start : layers.stop] for cache in (self, other))
         sources = self._index(source_blocks)
         if cuda.usable(self.data) and cuda.usable(other.data):
-            cuda.move_blocks(target, self._index(destination_blocks), source, sources)
+            cuda.move_blocks(target, self._index(destination_blocks), source, sources, max_thread_blocks)
         else:
             target.index_copy_(2, other._index(destination_blocks), source.index_select(2, sources).to(target.device))
 
     def gather(self, layer: int, block_ids: Sequence[int] | Tensor) -> Tensor:
         """A copy of n blocks of one layer: [2, n, block_size, kv_heads, head_dim]."""
-        block_ids = self._index(block_ids)
-        if not cuda.usable(self.data):
-            return self.data[layer].index_select(1, block_ids)
-        blocks = self.data.new_empty(2, len(block_ids), *self.data.shape[3:])
-        cuda.move_blocks(blocks, None, self.data[layer], block_ids)
-        return blocks
+        blocks = self.data.new_empty(1, 2, len(block_ids), *self.data.shape[3:])
+        self.pack(range(layer, layer + 1), block_ids, blocks)
+        return blocks[0]
 
     def scatter(self, layer: int, block_ids: Sequence[int] | Tensor, data: Tensor) -> None:
         """Write what `gather` gave to n blocks of one layer. `data` is on the cache's device, in its dtype."""
-        if cuda.usable(self.data):
-            cuda.move_blocks(self.data[layer], self._index(block_ids), data, None)
+        self.unpack(range(layer, layer + 1), block_ids, data[None])
+
+    def pack(self, layers: range, block_ids: Sequence[int] | Tensor, out: Tensor) -> None:
+        """Copy n blocks of some layers, end to end, to `out`: [layers, 2, n, block_size, kv_heads, head_dim]."""
+        source = self.data[layers.start : layers.stop]
+        if cuda.usable(source):
+            cuda.move_blocks(out, None, source, self._index(block_ids))
         else:
-            self.data[layer].index_copy_(1, self._index(block_ids), data)
+            torch.index_select(source, 2, self._index(block_ids), out=out)
+
+    def unpack(self, layers: range, block_ids: Sequence[int] | Tensor, data: Tensor) -> None:
+        """Write what `pack` gave to n blocks of some layers. `data` is on the cache's device, in its dtype."""
+        target = self.data[layers.start : layers.stop]
+        if cuda.usable(target):
+            cuda.move_blocks(target, self._index(block_ids), data, None)
+        else:
+            target.index_copy_(2, self._index(block_ids), data)
 
     def poison(self, block_ids: Sequence[int] | Tensor) -> None:
         """Fill blocks with NaN in all layers, so that whoever reads them shows it. For tests."""

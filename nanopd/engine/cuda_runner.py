@@ -47,7 +47,7 @@ class CudaRunner(ModelRunner):
         self.inputs = DecodeInputs(max_num_seqs, self.device)
         self.last_drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
         self.graphs: dict[int, DecodeGraph] = {}
-        if not enforce_eager and cuda.usable(model.head.weight):
+        if not enforce_eager and cuda.supports_attention(cache.layer(0)[0]):  # plain torch computes on the host too
             self._record_graphs(max_num_seqs)
 
     def execute(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:

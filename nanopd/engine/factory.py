@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -48,6 +49,33 @@ class EngineOptions:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len must be at least 2, got {self.max_model_len}")
+
+    @classmethod
+    def from_keywords(cls, keywords: dict[str, Any]) -> EngineOptions:
+        """Raises ConfigError for a name that is not known."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(keywords) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown option {', '.join(unknown)}; options are {', '.join(known)}")
+        return cls(**keywords)
+
+
+def resolve_device(device: str | None) -> torch.device:
+    """Which device a name stands for; None: a GPU if there is one. Raises ConfigError where it is not there."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"unknown device {device!r}; devices are 'cpu', 'cuda' and 'cuda:N'") from error
+    if resolved.type == "cuda":
+        found = torch.cuda.device_count()
+        if (resolved.index or 0) >= found:
+            raise ConfigError(f"device {device!r} is not there: torch sees {found} GPU(s); `nanopd doctor` says more")
+        return torch.device("cuda", resolved.index or 0)
+    if resolved.type != "cpu":
+        raise ConfigError(f"device {device!r} is not supported; devices are 'cpu', 'cuda' and 'cuda:N'")
+    return resolved
 
 
 def build_engine(model: Decoder, device: torch.device, options: EngineOptions, cache_share: float = 1.0) -> Engine:

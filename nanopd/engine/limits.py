@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from nanopd.core import InvalidRequest, Request
 
@@ -33,6 +33,17 @@ class Limits:
         self._check_prompt(request.prompt_token_ids)
         self._check_vocabulary("stop token id", request.sampling.stop_token_ids)
         self._check_answers(request)
+
+    def bound(self, request: Request) -> Request:
+        """The request, asking for no more tokens than there is room for: its answers end at the same length wherever they
+        are served, and what is written of them always fits."""
+        room = self.max_len - len(request.prompt_token_ids)
+        if request.max_tokens is not None and request.max_tokens <= room:
+            return request
+        if request.beam:
+            return replace(request, beam=replace(request.beam, max_tokens=room))
+        sampling = request.sampling
+        return replace(request, sampling=replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room)))
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:

@@ -15,10 +15,6 @@ from nanopd.models.rope import RotaryEmbedding, apply_rotary
 from nanopd.paged_attention import cuda
 from nanopd.paged_attention.ops import store_kv
 
-FEW_TOKENS = 128  # up to here the time of a projection is the time to read its weights
-NORM_PREFETCH = 12 * 2**20  # bytes that memory delivers in the time of a norm and a launch
-LINEAR_PREFETCH = 36 * 2**20  # in the time of a rotation and an attention; must stay in L2 until they are over
-
 
 def embed(token_ids: Tensor, positions: Tensor, last_drawn: Tensor | None, embedding: Embedding,
           rotary: RotaryEmbedding) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -35,28 +31,20 @@ def embed(token_ids: Tensor, positions: Tensor, last_drawn: Tensor | None, embed
     return F.embedding(token_ids, weight), rotary(positions, weight.dtype)
 
 
-def rms_norm(x: Tensor, norm: RMSNorm, then: Linear | Embedding | None = None) -> Tensor:
-    """Scale the last dimension to a root mean square of 1, in float32, then by the norm's weight.
-
-    `then` says whose weight is read next: with few tokens, where reading weights is what takes the time, a GPU begins
-    to fetch it meanwhile.
-    """
+def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
+    """Scale the last dimension to a root mean square of 1, in float32, then by the norm's weight."""
     if cuda.usable(x):
-        return cuda.rms_norm(x, norm.weight, norm.eps, _beginning(x, then, NORM_PREFETCH))
+        return cuda.rms_norm(x, norm.weight, norm.eps)
     x32 = x.float()
     normed = x32 * (x32.pow(2).mean(-1, keepdim=True) + norm.eps).rsqrt()
     return norm.weight * normed.to(x.dtype)
 
 
-def norm_linear(x: Tensor, norm: RMSNorm, linear: Linear | Embedding, then: Linear | None = None) -> Tensor:
-    """The projection of the normalised x. [T, in_features] -> [T, out_features].
-
-    `then` is the linear after this one, where memory would idle until then; see `rms_norm`.
-    """
+def norm_linear(x: Tensor, norm: RMSNorm, linear: Linear | Embedding) -> Tensor:
+    """The projection of the normalised x. [T, in_features] -> [T, out_features]."""
     if cuda.usable(x) and cuda.linear_supports(x, linear.weight):
-        return cuda.linear(x, linear.weight, linear.bias, norm_weight=norm.weight, eps=norm.eps,
-                           then=_beginning(x, then, LINEAR_PREFETCH))
-    return F.linear(rms_norm(x, norm, linear), linear.weight, linear.bias)
+        return cuda.linear(x, linear.weight, linear.bias, norm_weight=norm.weight, eps=norm.eps)
+    return F.linear(rms_norm(x, norm), linear.weight, linear.bias)
 
 
 def norm_gate_up(x: Tensor, norm: RMSNorm, linear: Linear) -> Tensor:
@@ -68,15 +56,6 @@ def norm_gate_up(x: Tensor, norm: RMSNorm, linear: Linear) -> Tensor:
         return cuda.silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def _beginning(x: Tensor, linear: Linear | Embedding | None, most_bytes: int) -> cuda.Prefetch:
-    """About `most_bytes` of a weight, from the start of each row, for that is where the library's kernels begin."""
-    if linear is None or len(x) > FEW_TOKENS:
-        return cuda.NOTHING
-    rows, row_bytes = linear.weight.shape[0], linear.weight[0].nbytes
-    share = min(row_bytes, most_bytes // rows) // 128 * 128
-    return (linear.weight, share) if share else cuda.NOTHING
 
 
 def linear_add(x: Tensor, linear: Linear, residual: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm, rotation: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor],
                 batch: AttentionBatch) -> Tensor:
-        qkv = norm_linear(x, norm, self.qkv_proj, then=self.o_proj)
+        qkv = norm_linear(x, norm, self.qkv_proj)
         norms = (self.q_norm, self.k_norm) if self.q_norm is not None and self.k_norm is not None else None
         query = rope_and_store(qkv, rotation, norms, self.num_heads, kv, batch.slot_mapping)
         return linear_add(paged_attention(query, *kv, batch, self.scale).flatten(1), self.o_proj, x)

@@ -20,9 +20,6 @@ DEBUG = os.environ.get("NANOPD_DEBUG") == "1"
 
 _ops = torch.ops.nanopd
 
-Prefetch = tuple[Tensor | None, int]  # a weight, and how many bytes of each of its rows
-NOTHING: Prefetch = (None, 0)
-
 
 def usable(x: Tensor) -> bool:
     """Whether there are kernels for tensors like this one. Compiles them when first asked."""
@@ -51,10 +48,9 @@ def embed(token_ids: Tensor, positions: Tensor, last_drawn: Tensor, weight: Tens
     return out, (cos, sin)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, then: Prefetch = NOTHING) -> Tensor:
-    """`then`: what the next kernel reads first, to be fetched into L2 meanwhile."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
-    _ops.rms_norm(out, x, weight, eps, *then)
+    _ops.rms_norm(out, x, weight, eps)
     return out
 
 
@@ -88,17 +84,19 @@ def greedy_sample(logits: Tensor, out: tuple[Tensor, Tensor, Tensor] | None = No
     return out
 
 
-def move_blocks(target: Tensor, target_ids: Tensor | None, source: Tensor, source_ids: Tensor | None) -> None:
+def move_blocks(target: Tensor, target_ids: Tensor | None, source: Tensor, source_ids: Tensor | None,
+                max_thread_blocks: int = 0) -> None:
     """Copy blocks of [..., blocks, block_size, kv_heads, head_dim], in all planes that stand before `blocks`.
 
     Without ids they are blocks 0, 1, 2... The two may be the same tensor if no block is both read and written, and
-    may lie on two GPUs; the copy runs where the ids are.
+    may lie on two GPUs; the copy runs where the ids are, and on no more thread blocks than told (0: as many as fill
+    the GPU), so that others can run beside it.
     """
     if DEBUG:
         for name, ids, blocks in (("target_ids", target_ids, target), ("source_ids", source_ids, source)):
             if ids is not None:
                 _require_range(name, ids, 0, blocks.shape[-4])
-    _ops.move_blocks(target, target_ids, source, source_ids)
+    _ops.move_blocks(target, target_ids, source, source_ids, max_thread_blocks)
 
 
 # --------------------------------------------------------------------------------------------------------- attention
@@ -147,15 +145,14 @@ def linear_supports(x: Tensor, weight: Tensor, silu: bool = False) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm_weight: Tensor | None = None, eps: float = 0.0,
-           residual: Tensor | None = None, silu: bool = False, then: Prefetch = NOTHING) -> Tensor:
+           residual: Tensor | None = None, silu: bool = False) -> Tensor:
     """[norm](x) @ weight.T + bias, then silu-and-multiply of its two halves, then `residual` is added to.
 
-    With a residual the result takes its place, and that is what is returned. `then`: what the linear after this one
-    reads, where other kernels stand between the two.
+    With a residual the result takes its place, and that is what is returned.
     """
     features = weight.shape[0]
     out = x.new_empty(x.shape[0], features // 2 if silu else features) if residual is None else residual
-    _ops.linear(out, x, weight, bias, norm_weight, residual, eps, silu, *then)
+    _ops.linear(out, x, weight, bias, norm_weight, residual, eps, silu)
     return out
 
 

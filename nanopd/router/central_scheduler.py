@@ -1,139 +1,132 @@
 """The central scheduler: every request's way through the workers, by messages only. No torch.
 
-Collocated, one worker does it all. Disaggregated, in order:
+Collocated, one worker does it all: Serve to C, as soon as one has a seat for it. Disaggregated, in order:
 
     Reserve to D  ->  Granted, or Refused: the request stays in line (backpressure)
     Prefill to P  ->  P computes the prompt, writes its KV into D's leased blocks layer by layer, draws the first token
     Prefilled     ->  Resume to D, which decodes from there
 
 D's blocks are leased to two holders, the request and the writer, and are free once both have let go.
+
+When an attempt comes to nothing (a worker is lost, a transfer fails, what arrived is not what was sent), the request goes
+back to its place in line with the tokens that are written, and goes on from those: the client sees neither a gap nor a
+repeat.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Protocol
+from heapq import heappop, heappush
+from itertools import count
+from operator import attrgetter
 
-from nanopd.core import FinishReason, Request, TokenEvent
+from nanopd.config import MODES
+from nanopd.core import FinishReason, InvalidRequest, Overloaded, Request, TokenEvent
 from nanopd.engine.limits import Limits
 from nanopd.messages import (
     Cancel,
-    Destination,
-    FromWorker,
+    Corrupted,
     Granted,
+    Lost,
     Prefill,
     Prefilled,
     Refused,
-    ReleaseLease,
     Reserve,
     Resume,
     Serve,
     Tokens,
-    ToWorker,
+    TransferFailed,
     WriteEnded,
+    Written,
 )
+from nanopd.router.entry import Entry, Stage
+from nanopd.router.fleet import Executor, Fleet
+from nanopd.router.timeline import Timeline
 
+MAX_ATTEMPTS = 4
 TIMELINES_KEPT = 4096
-
-
-class Executor(Protocol):
-    """Carries messages to workers and back."""
-
-    roles: dict[str, str]
-
-    def send(self, worker_id: str, message: ToWorker) -> None: ...
-
-    def poll(self) -> list[tuple[str, FromWorker]]: ...
-
-    @property
-    def idle(self) -> bool: ...
-
-
-class Stage(Enum):
-    """Where a request is on its way."""
-
-    QUEUED = "queued"
-    RESERVING = "reserving"
-    PREFILL = "prefill"
-    DECODE = "decode"  # also a collocated request, from the start
-    CLOSED = "closed"
-
-
-@dataclass
-class Timeline:
-    """When a request got where (seconds, monotonic clock), and through which workers."""
-
-    path: list[str] = field(default_factory=list)  # worker ids, in order
-    marks: list[tuple[str, float]] = field(default_factory=list)  # (what happened, when)
-    num_refusals: int = 0
-
-    def mark(self, what: str) -> None:
-        self.marks.append((what, time.monotonic()))
-
-    def __str__(self) -> str:
-        return " -> ".join(self.path)
-
-
-@dataclass
-class _Entry:
-    """One open request."""
-
-    request: Request
-    open_answers: set[int]
-    stage: Stage = Stage.QUEUED
-    destination: Destination | None = None
-    refused_by: set[str] = field(default_factory=set)
-    timeline: Timeline = field(default_factory=Timeline)
+BY_TICKET = attrgetter("ticket")
 
 
 class CentralScheduler:
-    """Admits requests, sends each along its pipeline, and returns what the workers draw."""
+    """Admits requests, sends each along its pipeline, and returns what the workers draw.
 
-    def __init__(self, executor: Executor, mode: str, limits: Limits) -> None:
-        self.executor = executor
+    Args:
+        mode: the pipeline of requests that don't ask for another: "collocated" or "disaggregated".
+        limits: what every worker can take.
+        max_queued: how many requests may be open at once.
+        clock: gives seconds; deadlines and timelines go by it.
+    """
+
+    def __init__(self, executor: Executor, mode: str, limits: Limits, *, max_queued: int = 16_384,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         self.mode = mode
         self.limits = limits
+        self.max_queued = max_queued
+        self.clock = clock
         self.timelines: dict[str, Timeline] = {}
-        self._entries: dict[str, _Entry] = {}
-        self._queue: deque[str] = deque()
-        self._load: Counter[str] = Counter()  # requests each worker has in hand or was asked to take
+        self.fleet = Fleet(executor, limits.max_num_seqs)
+        self._entries: dict[str, Entry] = {}  # by request id
+        self._jobs: dict[str, Entry] = {}  # by the job of the current attempt
+        self._lines: dict[str, list[Entry]] = {mode: [] for mode in MODES}  # queued or reserving, by ticket
+        self._deadlines: list[tuple[float, str]] = []  # a heap; of requests that may have ended
+        self._tickets = count()
         self._events: list[TokenEvent] = []
         self._handlers: dict[type, Callable] = {
-            Tokens: self._on_tokens, Granted: self._on_granted, Refused: self._on_refused,
-            Prefilled: self._on_prefilled, WriteEnded: self._on_write_ended,
+            Tokens: self._on_tokens, Granted: self._on_granted, Refused: self._on_refused, Prefilled: self._on_prefilled,
+            WriteEnded: self._on_write_ended, TransferFailed: self._on_transfer_failed, Corrupted: self._on_corrupted,
+            Lost: self._on_lost,
         }
 
-    def submit(self, request: Request) -> None:
-        """Take a request in. Raises InvalidRequest if no worker could ever serve it."""
+    # ----------------------------------------------------------------------------------- what clients ask for
+
+    def submit(self, request: Request, mode: str | None = None) -> None:
+        """Take a request in.
+
+        Raises:
+            InvalidRequest: no worker could ever serve it.
+            Overloaded: `max_queued` requests are open.
+        """
+        mode = mode or self.mode
+        self._check_mode(mode)
         self.limits.check(request)
-        entry = _Entry(request, set(range(request.num_answers)))
-        entry.timeline.mark("queued")
+        if len(self._entries) >= self.max_queued:
+            raise Overloaded(f"{len(self._entries)} requests are open, and no more are let in (max_queued): "
+                             "try again when some have ended, or raise max_queued")
+        answers = {index: Written(index, [], []) for index in range(request.num_answers)}
+        entry = Entry(self.limits.bound(request), mode, next(self._tickets), answers)
+        entry.timeline.mark("queued", self.clock())
         self._entries[request.request_id] = entry
         self.timelines[request.request_id] = entry.timeline
         if len(self.timelines) > TIMELINES_KEPT:
             del self.timelines[next(iter(self.timelines))]
-        self._queue.append(request.request_id)
+        if request.deadline is not None:
+            heappush(self._deadlines, (request.deadline, request.request_id))
+        self._enqueue(entry)
 
-    def step(self) -> list[TokenEvent]:
-        """Send out what is in line, let the workers step, take in what they say. Returns the tokens drawn."""
-        self._dispatch()
-        self._poll()
+    def _check_mode(self, mode: str) -> None:
+        if mode not in MODES:
+            raise InvalidRequest(f"unknown mode {mode!r}; modes are {', '.join(MODES)}")
+        roles = self.fleet.roles
+        if not roles.issuperset(MODES[mode]):
+            raise InvalidRequest(f"mode {mode!r} needs workers of role {' and '.join(MODES[mode])}; "
+                                 f"this cluster has {' '.join(sorted(roles))}")
+
+    def step(self, timeout: float = 0.0) -> list[TokenEvent]:
+        """Send out what is in line, wait up to `timeout` seconds for what the workers say, and take it in.
+
+        Returns the tokens drawn.
+        """
+        self._end_overdue()
+        for mode in MODES:
+            self._dispatch(mode)
+        self._poll(0.0 if self._events else self._until_deadline(timeout))
+        self.fleet.change_roles()
         self._settle()
         events, self._events = self._events, []
         return events
-
-    def _poll(self) -> None:
-        for worker_id, message in self.executor.poll():
-            self._handlers[type(message)](worker_id, message)
-
-    def _settle(self) -> None:
-        """When the last request has ended, see to it that every lease and cancel reaches its worker now."""
-        while not self._entries and not self.executor.idle:
-            self._poll()
 
     @property
     def has_work(self) -> bool:
@@ -145,125 +138,247 @@ class CentralScheduler:
         A beam search has no answers until it is over, so it ends as a whole or not at all.
         """
         entry = self._entries.get(request_id)
-        if entry is None or (index is not None and entry.request.beam):
+        if entry is None:
             return []
-        ended = sorted(entry.open_answers if index is None else entry.open_answers & {index})
-        for worker_id in entry.timeline.path:
-            self.executor.send(worker_id, Cancel(request_id, index))
-        entry.open_answers -= set(ended)
-        self._close_if_ended(request_id)
+        if index is None:
+            self._end(entry, FinishReason.ABORT)
+        elif index in entry.answers and entry.answers[index].token_ids:
+            self._cancel_answer(entry, index)
         self._settle()
-        return [TokenEvent(request_id, i, finish_reason=FinishReason.ABORT) for i in ended]
+        events = [event for event in self._events if event.request_id == request_id]
+        self._events = [event for event in self._events if event.request_id != request_id]
+        return events
 
-    # -------------------------------------------------------------------------------------- sending out
+    def set_role(self, worker_id: str, role: str) -> None:
+        """Give a worker another role: it gets no more work of its old one, and changes when it has ended what it has.
 
-    def _dispatch(self) -> None:
-        """First come, first served: a request that was refused room holds back those behind it."""
-        for request_id in list(self._queue):
-            entry = self._entries[request_id]
-            if self.mode == "collocated":
-                self._queue.popleft()
-                self._serve(entry)
-                continue
-            if entry.stage is Stage.QUEUED:
-                self._reserve(entry)
-            if entry.timeline.num_refusals:
+        Raises ConfigError if there is no such worker or role, or if requests would be left without a worker they need.
+        """
+        modes = {self.mode, *(entry.mode for entry in self._entries.values())}
+        self.fleet.set_role(worker_id, role, {needed for mode in modes for needed in MODES[mode]})
+
+    # ------------------------------------------------------------------------------------------ in line
+
+    def _enqueue(self, entry: Entry) -> None:
+        self._jobs[entry.job] = entry
+        entry.timeline.jobs.append(entry.job)
+        insort(self._lines[entry.mode], entry, key=BY_TICKET)
+
+    def _dequeue(self, entry: Entry) -> None:
+        line = self._lines[entry.mode]
+        del line[bisect_left(line, entry.ticket, key=BY_TICKET)]
+
+    def _dispatch(self, mode: str) -> None:
+        """First come, first served: one that finds no room holds back those behind it."""
+        line = self._lines[mode]
+        error = self.fleet.lack(MODES[mode]) if line else None
+        if error is not None:
+            for entry in list(line):
+                self._end(entry, FinishReason.ERROR, error)
+        if mode == "collocated":
+            while line and self._serve(line[0]):
+                pass
+            return
+        for entry in line:
+            if entry.stage is Stage.QUEUED and not self._reserve(entry):
+                return
+            if entry.was_refused:
                 return
 
-    def _serve(self, entry: _Entry) -> None:
-        worker_id = self._least_loaded("C")
+    def _serve(self, entry: Entry) -> bool:
+        worker_id = self.fleet.choose("C", len(entry.answers))
+        if worker_id is None:
+            return False
+        self._dequeue(entry)
         entry.stage = Stage.DECODE
+        entry.server = worker_id
+        self.fleet.workers[worker_id].answers[entry.job] = len(entry.answers)
         self._enter(entry, worker_id)
-        self.executor.send(worker_id, Serve(entry.request))
+        self.fleet.send(worker_id, Serve(entry.job_request, entry.written() if entry.begun else []))
+        return True
 
-    def _reserve(self, entry: _Entry) -> None:
-        worker_id = self._least_loaded("D", entry.refused_by)
+    def _reserve(self, entry: Entry) -> bool:
+        worker_id = self.fleet.choose("D", len(entry.answers))
+        if worker_id is None:
+            return False
         entry.stage = Stage.RESERVING
-        self._load[worker_id] += 1
-        self.executor.send(worker_id, Reserve(entry.request))
+        entry.server = worker_id
+        self.fleet.workers[worker_id].answers[entry.job] = len(entry.answers)
+        entry.news_when_asked = self.fleet.workers[worker_id].news
+        self.fleet.send(worker_id, Reserve(entry.job_request))
+        return True
 
-    def _least_loaded(self, role: str, avoid: set[str] = frozenset()) -> str:  # type: ignore[assignment]
-        candidates = [worker_id for worker_id, its_role in self.executor.roles.items() if its_role == role]
-        return min(candidates, key=lambda worker_id: (worker_id in avoid, self._load[worker_id]))
-
-    def _enter(self, entry: _Entry, worker_id: str) -> None:
+    def _enter(self, entry: Entry, worker_id: str) -> None:
         entry.timeline.path.append(worker_id)
-        entry.timeline.mark(f"sent to {worker_id}")
-        self._load[worker_id] += 1
+        entry.timeline.mark(f"sent to {worker_id}", self.clock())
 
-    # --------------------------------------------------------------------------------------- taking in
+    # ----------------------------------------------------------------------------------------- taking in
+
+    def _poll(self, timeout: float) -> None:
+        for worker_id, message in self.fleet.poll(timeout):
+            self._handlers[type(message)](worker_id, message)
+
+    def _settle(self) -> None:
+        """When the last request has ended, see to it that every lease and cancel reaches its worker now."""
+        while not self._entries and not self.fleet.executor.idle:
+            self._poll(0.0)
 
     def _on_tokens(self, worker_id: str, message: Tokens) -> None:
         for event in message.events:
-            entry = self._entries.get(event.request_id)
-            if entry is None or event.index not in entry.open_answers:
-                continue  # cancelled meanwhile
-            self._events.append(event)
-            if event.finish_reason is not None:
-                entry.open_answers.discard(event.index)
-                self._close_if_ended(event.request_id)
+            entry = self._jobs.get(event.request_id)
+            if entry is None:
+                continue  # ended meanwhile, or begun anew
+            if entry.recomputes and entry.stage is Stage.PREFILL:
+                if event.error is not None:
+                    self._end(entry, FinishReason.ERROR, event.error)
+            elif event.index in entry.answers:
+                self._take(entry, event)
+
+    def _take(self, entry: Entry, event: TokenEvent) -> None:
+        event.request_id = entry.request.request_id
+        self._events.append(event)
+        if event.token_id is not None:
+            entry.answers[event.index].token_ids.append(event.token_id)
+            entry.answers[event.index].logprobs.append(event.logprob)
+        if event.finish_reason is not None:
+            self._drop_answer(entry, event.index)
 
     def _on_refused(self, worker_id: str, message: Refused) -> None:
-        self._load[worker_id] -= 1
-        entry = self._entries.get(message.request_id)
-        if entry is None:
-            return
-        entry.stage = Stage.QUEUED
-        entry.timeline.num_refusals += 1
-        entry.refused_by.add(worker_id)
-        if len(entry.refused_by) == sum(role == "D" for role in self.executor.roles.values()):
-            entry.refused_by.clear()
+        self.fleet.let_go(worker_id, message.request_id)
+        entry = self._jobs.get(message.request_id)
+        if entry is not None:
+            self.fleet.workers[worker_id].refused_at = entry.news_when_asked
+            entry.stage = Stage.QUEUED
+            entry.was_refused = True
+            entry.timeline.num_refusals += 1
 
     def _on_granted(self, worker_id: str, message: Granted) -> None:
-        entry = self._entries.get(message.request_id)
-        if entry is None:  # cancelled meanwhile: nobody will write, nobody will read
-            self._load[worker_id] -= 1
-            self._release(message.destination, "request", "writer")
+        entry, prefiller = self._jobs.get(message.request_id), self.fleet.choose("P")
+        if entry is None or prefiller is None:  # ended meanwhile, or about to: nobody will write, nobody will read
+            self.fleet.release(message.destination, "request", "writer")
+            self.fleet.let_go(worker_id, message.request_id)
+            if entry is not None:
+                entry.stage = Stage.QUEUED
             return
-        self._queue.remove(message.request_id)
-        entry.timeline.mark(f"blocks granted by {worker_id}")
-        entry.destination = message.destination
+        self._dequeue(entry)
+        entry.timeline.mark(f"blocks granted by {worker_id}", self.clock())
         entry.stage = Stage.PREFILL
-        prefill_worker = self._least_loaded("P")
-        self._enter(entry, prefill_worker)
-        self.executor.send(prefill_worker, Prefill(entry.request, message.destination))
+        entry.destination = message.destination
+        entry.prefiller = prefiller
+        entry.recomputes = entry.begun
+        self.fleet.workers[prefiller].writes[entry.job] = message.destination
+        self._enter(entry, prefiller)
+        self.fleet.send(prefiller, Prefill(entry.prefill_request, message.destination))
 
     def _on_prefilled(self, worker_id: str, message: Prefilled) -> None:
-        self._load[worker_id] -= 1
-        entry = self._entries.get(message.request_id)
+        del self.fleet.workers[worker_id].writes[message.request_id]
+        entry = self._jobs.get(message.request_id)
         if entry is None:  # ended meanwhile, and the request side of the lease was given back then
-            self._release(message.destination, "writer")
+            self.fleet.release(message.destination, "writer")
             return
-        entry.timeline.mark("KV transferred")
+        entry.timeline.mark("KV transferred", self.clock())
         entry.stage = Stage.DECODE
-        decode_worker = message.destination.worker_id
-        entry.timeline.path.append(decode_worker)
-        entry.timeline.mark(f"sent to {decode_worker}")
-        written = [first for first in message.written
-                   if first.finish_reason is not None or first.index in entry.open_answers]
-        self.executor.send(decode_worker, Resume(entry.request, message.destination.lease_id, written))
+        self._enter(entry, entry.server)
+        written = message.written if entry.request.beam else entry.written()
+        self.fleet.send(entry.server, Resume(entry.job_request, message.destination.lease_id, written, message.checksum))
 
     def _on_write_ended(self, worker_id: str, message: WriteEnded) -> None:
-        self._load[worker_id] -= 1
-        self._release(message.destination, "writer")
+        del self.fleet.workers[worker_id].writes[message.request_id]
+        self.fleet.release(message.destination, "writer")
 
-    def _close_if_ended(self, request_id: str) -> None:
-        """Every answer has ended: forget the request, and give back what it holds on the decode worker."""
-        entry = self._entries[request_id]
-        if entry.open_answers:
+    # -------------------------------------------------------------------------------------- what goes wrong
+
+    def _on_transfer_failed(self, worker_id: str, message: TransferFailed) -> None:
+        del self.fleet.workers[worker_id].writes[message.request_id]
+        self.fleet.release(message.destination, "writer")
+        self._retry(message.request_id, f"the transfer from {worker_id} to {message.destination.worker_id} failed "
+                                        f"({message.error})")
+
+    def _on_corrupted(self, worker_id: str, message: Corrupted) -> None:
+        self._retry(message.request_id, f"what arrived at {worker_id} was not what was sent (checksum)")
+
+    def _on_lost(self, worker_id: str, message: Lost) -> None:
+        what, jobs = self.fleet.lose(worker_id, message.reason)
+        for job in jobs:
+            self._retry(job, what)
+
+    def _retry(self, job: str, what: str) -> None:
+        """An attempt came to nothing: back in line with what is written, unless that happened too often."""
+        entry = self._jobs.get(job)
+        if entry is None:
             return
-        del self._entries[request_id]
-        entry.timeline.mark("finished")
-        if entry.destination is not None:
-            self._load[entry.destination.worker_id] -= 1
-            if entry.stage is Stage.PREFILL:  # D has not adopted the lease; P says itself when it stops writing
-                self._release(entry.destination, "request")
-        elif entry.stage is Stage.DECODE:
-            self._load[entry.timeline.path[-1]] -= 1
-        if entry.stage is Stage.QUEUED or entry.stage is Stage.RESERVING:
-            self._queue.remove(request_id)
-        entry.stage = Stage.CLOSED
+        entry.timeline.mark(what, self.clock())
+        failures = [*entry.failures, what]
+        if len(failures) == MAX_ATTEMPTS:
+            self._end(entry, FinishReason.ERROR, f"gave up after {MAX_ATTEMPTS} attempts: " + "; ".join(failures))
+            return
+        self._withdraw(entry)
+        entry.fail(what)
+        self._enqueue(entry)
 
-    def _release(self, destination: Destination, *holders: str) -> None:
-        for holder in holders:
-            self.executor.send(destination.worker_id, ReleaseLease(destination.lease_id, holder))
+    def _end_overdue(self) -> None:
+        now = self.clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, request_id = heappop(self._deadlines)
+            entry = self._entries.get(request_id)
+            if entry is not None and entry.request.deadline == deadline:
+                seconds = deadline - entry.request.arrival_time
+                self._end(entry, FinishReason.ERROR, f"timed out after {seconds:.3g} s (deadline given at submission)")
+
+    def _until_deadline(self, timeout: float) -> float:
+        """Seconds to wait: no longer than `timeout`, nor past the next deadline."""
+        while self._deadlines and self._deadlines[0][1] not in self._entries:
+            heappop(self._deadlines)
+        return min(timeout, max(0.0, self._deadlines[0][0] - self.clock())) if self._deadlines else timeout
+
+    # -------------------------------------------------------------------------------------------- endings
+
+    def _end(self, entry: Entry, reason: FinishReason, error: str | None = None) -> None:
+        """End all that is open of a request, wherever it is."""
+        entry.timeline.mark(error or "cancelled", self.clock())
+        self._withdraw(entry)
+        for index in entry.answers:
+            self._say_end(entry, index, reason, error)
+        self._forget(entry)
+
+    def _cancel_answer(self, entry: Entry, index: int) -> None:
+        if len(entry.answers) == 1:
+            self._end(entry, FinishReason.ABORT)
+            return
+        self._say_end(entry, index, FinishReason.ABORT)
+        if entry.stage is Stage.DECODE:
+            self.fleet.send(entry.server, Cancel(entry.job, index))
+        elif entry.stage is Stage.PREFILL and not entry.recomputes:
+            self.fleet.send(entry.prefiller, Cancel(entry.job, index))
+        self._drop_answer(entry, index)
+
+    def _say_end(self, entry: Entry, index: int, reason: FinishReason, error: str | None = None) -> None:
+        self._events.append(TokenEvent(
+            entry.request.request_id, index, finish_reason=reason, error=error, time=self.clock()))
+
+    def _drop_answer(self, entry: Entry, index: int) -> None:
+        """One answer has ended; with the last one, so has the request."""
+        del entry.answers[index]
+        if not entry.answers:
+            self._withdraw(entry, cancel=False)
+            self._forget(entry)
+        elif entry.stage is not Stage.QUEUED:
+            self.fleet.workers[entry.server].answers[entry.job] = len(entry.answers)
+
+    def _withdraw(self, entry: Entry, cancel: bool = True) -> None:
+        """End an attempt; `cancel` says whether its worker has to be told. A worker that was asked to set blocks aside is
+        answered when it answers, and one that writes a prompt's KV says itself when it has stopped."""
+        del self._jobs[entry.job]
+        if entry.stage in (Stage.QUEUED, Stage.RESERVING):
+            self._dequeue(entry)
+            return
+        if cancel:
+            self.fleet.send(entry.prefiller if entry.stage is Stage.PREFILL else entry.server, Cancel(entry.job))
+        if entry.stage is Stage.PREFILL:  # D has not adopted the lease
+            self.fleet.release(entry.destination, "request")
+        self.fleet.let_go(entry.server, entry.job)
+
+    def _forget(self, entry: Entry) -> None:
+        del self._entries[entry.request.request_id]
+        entry.stage = Stage.CLOSED
+        entry.timeline.mark("finished", self.clock())

@@ -80,7 +80,7 @@ class KernelTimes:
         if self.live:
             from nanopd.benchmark import attention
 
-            return [*attention.prefill_rows(with_peers=False)]
+            return [*attention.prefill_rows()]
         return [row for row in self.report.rows if row["op"] == "prefill_attention"] if self.report else []
 
     def explorer(self, shape: Shape | None = None) -> KernelExplorer:

@@ -14,7 +14,7 @@ def checksum(cache: KVCache, block_ids: list[int], num_tokens: int) -> int:
 
     The same on every device; a flipped bit, a block left out and two that changed places all show.
     """
-    index = torch.tensor(block_ids, device=cache.data.device)
+    index = torch.tensor(block_ids, dtype=torch.int64, device=cache.data.device)
     words = {2: torch.int16, 4: torch.int32}[cache.data.element_size()]
     total = 0
     for layer in range(cache.num_layers):  # one at a time: all would need as much memory again as the prompt has

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nanopd.messages import FromWorker, ToWorker
+from nanopd.engine.limits import Limits
+from nanopd.messages import FromWorker, History, Status, ToWorker
 from nanopd.workers.worker import Worker
 
 
@@ -11,17 +12,20 @@ class InlineExecutor:
 
     def __init__(self, workers: list[Worker]) -> None:
         self.workers = {worker.worker_id: worker for worker in workers}
+        self.roles = {worker.worker_id: worker.role for worker in workers}
 
     @property
-    def roles(self) -> dict[str, str]:
-        """The workers' ids and their roles."""
-        return {worker_id: worker.role for worker_id, worker in self.workers.items()}
+    def limits(self) -> dict[str, Limits]:
+        """What each worker can take."""
+        return {worker_id: worker.engine.limits for worker_id, worker in self.workers.items()}
 
     def send(self, worker_id: str, message: ToWorker) -> None:
-        self.workers[worker_id].inbox.append(message)
+        """To a worker that is gone: dropped."""
+        if worker_id in self.workers:
+            self.workers[worker_id].inbox.append(message)
 
-    def poll(self) -> list[tuple[str, FromWorker]]:
-        """Step every worker once. Returns what they have to say, as (worker id, message).
+    def poll(self, timeout: float = 0.0) -> list[tuple[str, FromWorker]]:
+        """Step every worker once. Returns what they have to say, as (worker id, message). There is nothing to wait for.
 
         Messages stay in the outboxes until all have stepped: an interrupted step (Ctrl-C) must not lose the others'.
         """
@@ -35,3 +39,16 @@ class InlineExecutor:
     @property
     def idle(self) -> bool:
         return not any(worker.has_work for worker in self.workers.values())
+
+    def status(self) -> dict[str, Status]:
+        """How each worker is doing."""
+        return {worker_id: worker.status() for worker_id, worker in self.workers.items()}
+
+    def history(self) -> dict[str, History]:
+        """What each worker has done lately."""
+        return {worker_id: worker.history() for worker_id, worker in self.workers.items()}
+
+    def close(self) -> None:
+        """Let the workers go, with all that they hold."""
+        self.workers.clear()
+        self.roles.clear()

@@ -17,7 +17,7 @@ class TransferError(RuntimeError):
 
 
 class Ticket(Protocol):
-    """Blocks on their way."""
+    """Blocks on their way, and all that was sent before them."""
 
     def wait(self, timeout: float | None = None) -> bool:
         """Whether all have arrived; waits for it at most `timeout` seconds. Raises TransferError if they never will."""
@@ -78,22 +78,31 @@ class Transfer:
         self._block_size = block_size
         self._num_layers = num_layers
         self._ticket: Ticket = Arrived()
+        self._error: TransferError | None = None  # what kept blocks from being sent
 
     def send_layer(self, row: PlanRow, layer: int) -> None:
-        """Send what the row's chunk has added to one layer; a short chunk's layers all at once with the last."""
+        """Send what the row's chunk has added to one layer; a short chunk's layers all at once with the last.
+
+        What keeps it from being sent is for `arrived` to raise: the step, with other rows in it, goes on.
+        """
         blocks = self._blocks_to_send(row)
         is_last = layer == self._num_layers - 1
         if blocks and (is_last or row.num_new >= WHOLE_TOKENS):
             layers = range(layer, layer + 1) if row.num_new >= WHOLE_TOKENS else range(self._num_layers)
             source, destination = row.block_table, self.destination.block_ids
             self.start = self.start or time.monotonic()
-            self._ticket = self._transport.send(layers, [source[i] for i in blocks], [destination[i] for i in blocks])
+            try:
+                self._ticket = self._transport.send(layers, [source[i] for i in blocks], [destination[i] for i in blocks])
+            except TransferError as error:
+                self._error = self._error or error
         if is_last:
             self.blocks_sent += len(blocks)
             self.num_sent = max(self.num_sent, row.num_cached + row.num_new)
 
     def arrived(self, timeout: float) -> bool:
         """Whether all that was sent has arrived; waits at most `timeout` seconds. Raises TransferError."""
+        if self._error is not None:
+            raise self._error
         return self._ticket.wait(timeout)
 
     def record(self, request_id: str, bytes_per_block: int) -> TransferRecord:

@@ -95,6 +95,17 @@ class Worker:
         self._emit(self.engine.step())
         self._finish_transfers()
 
+    def status(self) -> Status:
+        """How the worker is doing."""
+        scheduler = self.engine.scheduler
+        return Status(
+            self.role, os.getpid(), self.manager.num_blocks, self.manager.num_free_blocks, len(scheduler.waiting),
+            len(scheduler.running), len(self._leases), len(self.transfers))
+
+    def history(self) -> History:
+        """What the worker has done lately."""
+        return History(list(self.engine.history), list(self.sent))
+
     # ------------------------------------------------------------------------------------------ handlers
 
     def _serve(self, message: Serve) -> None:
@@ -130,7 +141,7 @@ class Worker:
 
     def _resume(self, message: Resume) -> None:
         lease, request = self._leases.pop(message.lease_id)
-        if message.checksum is not None and message.checksum != self._checksum(request, lease.block_ids):
+        if message.checksum is not None and message.checksum != self._checksum(request, lease.block_ids, lease.num_cached):
             self.manager.release_lease(lease, "request")
             self.manager.release_lease(lease, "writer")
             self.outbox.append(Corrupted(message.request.request_id))
@@ -154,13 +165,10 @@ class Worker:
         self.outbox.append(Pong())
 
     def _tell_status(self, message: AskStatus) -> None:
-        scheduler = self.engine.scheduler
-        self.outbox.append(Status(
-            self.role, os.getpid(), self.manager.num_blocks, self.manager.num_free_blocks, len(scheduler.waiting),
-            len(scheduler.running), len(self._leases), len(self.transfers)))
+        self.outbox.append(self.status())
 
     def _tell_history(self, message: AskHistory) -> None:
-        self.outbox.append(History(list(self.engine.history), list(self.sent)))
+        self.outbox.append(self.history())
 
     # ----------------------------------------------------------------------------------------- transfers
 
@@ -205,7 +213,7 @@ class Worker:
         total = None
         if self._checksums:
             group = scheduler.handed_off[request_id]
-            total = self._checksum(group.request, self.manager.block_table(group.live[0]))
+            total = self._checksum(group.request, self.manager.block_table(group.live[0]), transfer.destination.num_cached)
         self.outbox.append(Prefilled(request_id, transfer.destination, [
             Written(sequence.index, sequence.output_token_ids, sequence.logprobs, sequence.finish_reason)
             for sequence in sequences], total))
@@ -216,8 +224,12 @@ class Worker:
         self.engine.cancel(request_id)
         self.outbox.append(TransferFailed(request_id, self.transfers.pop(request_id).destination, error))
 
-    def _checksum(self, request: Request, block_ids: list[int]) -> int:
-        return checksum(self.cache, block_ids, len(request.prompt_token_ids))
+    def _checksum(self, request: Request, block_ids: list[int], num_cached: int) -> int:
+        """Of what travelled. The first `num_cached` tokens were at the destination: in other batches, or by another worker,
+        computed to slightly other values."""
+        first = num_cached // self.manager.block_size
+        num_tokens = len(request.prompt_token_ids) - first * self.manager.block_size
+        return checksum(self.cache, block_ids[first:], num_tokens)
 
     def _emit(self, events: list[TokenEvent]) -> None:
         if events:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checkpoints import make_checkpoint
 from emulated_gpu import cuda_runner_for, emulate
 
 from nanopd import LLM, BeamSearchParams, SamplingParams
@@ -89,6 +90,19 @@ def test_steady_decode_runs_ahead_in_graphs(on_gpu, counts) -> None:
         llm.engine.step()
         assert llm.engine._ahead is not None
     assert replays == 10
+
+
+def test_no_graphs_where_attention_has_no_kernel(monkeypatch, counts, tmp_path) -> None:
+    """Plain torch works out the rows' slots on the host, which a recording cannot contain."""
+    make_checkpoint(tmp_path, hidden=32, heads=8, kv_heads=1, head_dim=4)
+    llm = LLM(str(tmp_path), device="cpu", max_num_seqs=4)
+    prompt = {"prompt_token_ids": [5, 6, 7]}
+    expected = tokens(llm.generate([prompt], GREEDY, use_tqdm=False))
+    emulate(monkeypatch, counts)
+    llm.engine.runner = cuda_runner_for(llm)
+    assert not llm.engine.runner.graphs
+    assert tokens(llm.generate([prompt], GREEDY, use_tqdm=False)) == expected
+    assert counts["rope_and_store"] and "decode_attention" not in counts
 
 
 def test_padding_writes_nothing(on_gpu) -> None:

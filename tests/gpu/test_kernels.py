@@ -7,6 +7,7 @@ reads though it must not, shows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 
 import pytest
 import torch
@@ -198,17 +199,13 @@ def test_move_blocks(planes, blocks, block_size, kv_heads, head_dim, dtype, seed
     assert target.isnan().sum() == 3 * source.numel() // blocks
 
 
-@pytest.mark.parametrize("columns", [4096, 1000, 100, 33])
-def test_a_prefetch_changes_no_result(columns) -> None:
-    x, weight = normal(3, 1024, dtype=torch.bfloat16), normal(2048, 1024, dtype=torch.bfloat16, seed=1)
-    next_weight = normal(777, columns, dtype=torch.bfloat16, seed=2)
-    then = next_weight, min(512, columns * 2 // 16 * 16)
-    assert torch.equal(cuda.rms_norm(x, weight[0], 1e-6, then), cuda.rms_norm(x, weight[0], 1e-6))
-    if cuda.linear_supports(x, weight):
-        assert torch.equal(cuda.linear(x, weight, then=then), cuda.linear(x, weight))
-    torch.cuda.synchronize()
-    with pytest.raises(RuntimeError, match="then_row_bytes must be a multiple of 16"):
-        cuda.rms_norm(x, weight[0], 1e-6, (next_weight, 24))
+@pytest.mark.parametrize("max_thread_blocks", [1, 3, 10**6])
+def test_move_blocks_on_a_few_thread_blocks(max_thread_blocks) -> None:
+    source, target = normal(2, 50, 16, 2, 64), poisoned(2, 60, 16, 2, 64)
+    source_ids, target_ids = permutation(50, 1)[:40], permutation(60, 2)[:40]
+    cuda.move_blocks(target, target_ids, source, source_ids, max_thread_blocks)
+    assert torch.equal(target[:, target_ids], source[:, source_ids])
+    assert target.isnan().sum() == 20 * target[:, 0].numel()
 
 
 def test_move_blocks_within_one_cache() -> None:
@@ -408,18 +405,10 @@ def test_a_graph_replays_with_other_lengths() -> None:
 # ------------------------------------------------------------------------------------------------------------- linear
 
 
-@MANY
-@given(tokens=st.sampled_from([1, 2, 3, 8, 15, 16, 17, 33, 64, 100, 128]), in_features=st.sampled_from([64, 256, 1000, 1024, 4096]),
-       out_features=st.sampled_from([64, 192, 1536, 4096, 6144]), dtype=st.sampled_from(DTYPES[1:]), seed=seeds,
-       bias=st.booleans(), norm=st.booleans(), residual=st.booleans(), silu=st.booleans())
-@example(1, 4096, 24576, torch.bfloat16, 0, False, True, False, True)
-@example(1, 12288, 4096, torch.bfloat16, 0, False, False, True, False)
-@example(64, 4096, 6144, torch.bfloat16, 0, True, True, False, False)
-def test_linear(tokens, in_features, out_features, dtype, seed, bias, norm, residual, silu) -> None:
-    x = normal(tokens, in_features, dtype=dtype, seed=seed)
-    weight = normal(out_features, in_features, dtype=dtype, seed=seed + 1, scale=in_features**-0.5)
-    if not cuda.linear_supports(x, weight, silu):
-        return
+def check_linear(x: Tensor, weight: Tensor, seed: int, bias: bool, norm: bool, residual: bool, silu: bool) -> None:
+    tokens, (out_features, in_features), dtype = len(x), weight.shape, x.dtype
+    if norm:  # no two tokens have the same root mean square
+        x = x * torch.arange(1, tokens + 1, device="cuda", dtype=dtype)[:, None]
     columns = out_features // 2 if silu else out_features
     biases = normal(out_features, dtype=dtype, seed=seed + 2) if bias else None
     norms = normal(in_features, dtype=dtype, seed=seed + 3) if norm else None
@@ -436,6 +425,29 @@ def test_linear(tokens, in_features, out_features, dtype, seed, bias, norm, resi
         out = cuda.linear(x, weight, biases, norm_weight=norms, eps=1e-6, residual=target, silu=silu)
         assert_close(out, expected, 4)
         assert target is None or out is target
+
+
+@MANY
+@given(tokens=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 15, 16, 17]), in_features=st.sampled_from([64, 192, 256, 1000, 1536, 4096, 4160]),
+       out_features=st.sampled_from([64, 192, 1536, 4096, 6144]), dtype=st.sampled_from(DTYPES[1:]), seed=seeds,
+       bias=st.booleans(), norm=st.booleans(), residual=st.booleans(), silu=st.booleans())
+@example(1, 4096, 24576, torch.bfloat16, 0, False, True, False, True)
+@example(1, 12288, 4096, torch.bfloat16, 0, False, False, True, False)
+def test_linear(tokens, in_features, out_features, dtype, seed, bias, norm, residual, silu) -> None:
+    x = normal(tokens, in_features, dtype=dtype, seed=seed)
+    weight = normal(out_features, in_features, dtype=dtype, seed=seed + 1, scale=in_features**-0.5)
+    if cuda.linear_supports(x, weight, silu):
+        check_linear(x, weight, seed, bias, norm, residual, silu)
+
+
+@pytest.mark.parametrize("in_features", [1024, 4096, 5120, 12288])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8])
+def test_linear_with_every_neighbour(tokens, in_features) -> None:
+    """Several tiles for each thread block, the last of them cut off."""
+    x = normal(tokens, in_features, dtype=torch.bfloat16)
+    weight = normal(4104, in_features, dtype=torch.bfloat16, seed=1, scale=in_features**-0.5)
+    for bias, norm, residual, silu in product([False, True], repeat=4):
+        check_linear(x, weight, 5, bias, norm, residual, silu)
 
 
 def test_linear_serves_one_token_of_the_usual_models() -> None:
@@ -479,6 +491,7 @@ def test_operators_name_what_is_wrong() -> None:
         "even number of columns": lambda: cuda.silu_and_mul(x[:, :7].contiguous()),
         "logits must be contiguous": lambda: cuda.greedy_sample(x.T),
         "logits must be float32, float16 or bfloat16": lambda: cuda.greedy_sample(x.long()),
+        "max_thread_blocks must be positive, or 0": lambda: cuda.move_blocks(case.key_cache, None, case.value_cache, None, -1),
         "target_ids must be int64": lambda: cuda.move_blocks(case.key_cache, ints([1]), case.value_cache, ints([2]).long()),
         "source has 1 planes": lambda: cuda.move_blocks(case.key_cache, None, case.value_cache[:, :4].contiguous(), None),
         "slot_mapping must have the shape": lambda: cuda.rope_and_store(

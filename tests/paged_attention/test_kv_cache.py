@@ -80,6 +80,25 @@ def test_gather_and_scatter(as_tensor):
     assert target.data.isfinite().sum() == blocks.numel()
 
 
+def test_pack_and_unpack_some_layers():
+    source, target = make_cache(), make_cache()
+    target.poison(range(BLOCKS))
+    packed = torch.empty(2, 2, 3, BLOCK_SIZE, 2, 6)
+    source.pack(range(1, 3), [6, 0, 3], packed)
+    target.unpack(range(2), [1, 5, 2], packed)
+    assert torch.equal(target.data[:2, :, [1, 5, 2]], source.data[1:, :, [6, 0, 3]])
+    assert target.data.isfinite().sum() == packed.numel()
+
+
+def test_a_cache_of_memory_that_is_there():
+    source = make_cache()
+    same = KVCache.of(source.data)
+    assert (same.num_blocks, same.block_size, same.num_layers, same.bytes_per_block) == (
+        BLOCKS, BLOCK_SIZE, 3, source.bytes_per_block)
+    same.poison([1])
+    assert source.data[:, :, 1].isnan().all()
+
+
 def test_gather_is_a_copy():
     cache = make_cache()
     blocks = cache.gather(0, [2])

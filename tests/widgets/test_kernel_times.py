@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unittest.mock import create_autospec
+
 import pytest
 
+from nanopd.benchmark import attention
 from nanopd.benchmark.results import Report
 from nanopd.widgets import kernel_times
 from nanopd.widgets.kernel_estimate import Shape
@@ -43,6 +46,13 @@ def test_recorded_times_bring_their_device_and_badge():
     assert times.percent("split_kv", shape) == pytest.approx(100 * shape.kv_bytes / 1e-4 / 4e12)
     assert times.percent("split_kv", Shape(64, 2048)) == "no figure"
     assert [row["kernel"] for row in times.prefill_rows()] == ["engine"]
+
+
+def test_on_a_gpu_chunks_are_measured(monkeypatch):
+    monkeypatch.setattr(kernel_times, "_kernels_run_here", lambda: True)
+    monkeypatch.setattr(kernel_times, "_ceilings_here", lambda: (DATA_SHEET, 8.0))
+    monkeypatch.setattr(attention, "prefill_rows", create_autospec(attention.prefill_rows, return_value=iter(ROWS[3:4])))
+    assert KernelTimes().prefill_rows() == ROWS[3:4]
 
 
 def test_the_table_shows_what_there_is(capsys):

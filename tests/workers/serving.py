@@ -8,9 +8,10 @@ import torch
 from checkpoints import make_checkpoint
 from workers.fake_cluster import assert_cluster_is_empty
 
+from nanopd.cluster import Cluster
 from nanopd.core import FinishReason, PlanRow, Request, SamplingParams, Sequence
 from nanopd.engine.sampler import sample
-from nanopd.llm import LLM, Cluster
+from nanopd.llm import LLM
 
 NUM_LAYERS = 3
 BLOCK_SIZE = 4

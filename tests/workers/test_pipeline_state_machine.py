@@ -1,11 +1,13 @@
-"""Any order of requests, cancels and faults through both pipelines, on fake models with tiny pools.
+"""Any order of requests, cancels, faults and losses through both pipelines, on fake models with tiny pools.
 
-Once with all workers in turn, once with messages and workers that dawdle. After every step the books of every worker
-balance and every row reads its own context, wherever that was computed. At the end every answer has ended exactly
-once, with the very tokens of an undisturbed model, and nothing is left anywhere: no block, lease, transfer or load.
+Once with all workers in turn, once with messages and workers that dawdle, and die. After every step the books of every
+worker balance and every row reads its own context, wherever that was computed. At the end every answer has ended exactly
+once, with the very tokens of an undisturbed model or an error that says why not, and nothing is left anywhere: no block,
+lease, transfer or load. What was lost has been sent nothing more.
 """
 
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -19,14 +21,21 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from scheduler.fakes import VOCAB, Breakdown
-from workers.fake_cluster import FakeCluster
+from workers.fake_cluster import REASON, FakeCluster
 
+from nanopd.config import ConfigError
 from nanopd.core import BeamSearchParams, InvalidRequest, Request, SamplingParams
 
 moves = Counter()  # how often each thing happened: the tests below ask that enough of it did
 picks = st.integers(0, 10**6)
 MODES = {"P:cpu D:cpu": "disaggregated", "P:cpu P:cpu D:cpu D:cpu": "disaggregated", "D:cpu P:cpu": "disaggregated",
-         "C:cpu C:cpu": "collocated"}
+         "C:cpu C:cpu": "collocated", "C:cpu P:cpu D:cpu C:cpu D:cpu P:cpu": "disaggregated",
+         "C:cpu C:cpu P:cpu D:cpu": "collocated"}
+ERRORS = re.compile(
+    rf"Breakdown: the runner broke|spoiled$|timed out after \d+ s|"
+    rf"no (prefill|decode|collocated) worker is left: .\d was lost \({REASON}\)|"
+    rf"gave up after 4 attempts: ((.\d was lost \({REASON}\)|the transfer from .\d to .\d failed \((the link broke|it is gone)\)|"
+    r"what arrived at .\d was not what was sent \(checksum\))(; |$)){4}")
 
 
 @st.composite
@@ -52,27 +61,34 @@ class PipelineMachine(RuleBasedStateMachine):
         watermark=st.sampled_from([0.0, 0.1]),
         seats=st.tuples(st.integers(3, 5), st.integers(3, 5)),
         chunk=st.sampled_from([None, 2, 5]),
+        transfers=st.sampled_from([(0, 0, 0), (0.5, 0.1, 0.1), (0.1, 0.4, 0.4)]),  # how often late, broken, corrupted
     )
-    def set_up(self, topology, late, seed, tokens, block_size, caching, watermark, seats, chunk):
+    def set_up(self, topology, late, seed, tokens, block_size, caching, watermark, seats, chunk, transfers):
         luck = random.Random(seed)
+        faults, odds = ["late", "broken", "corrupted", None], [*transfers, 1 - sum(transfers)]
         blocks = [-(-number // block_size) for number in tokens]
         self.cluster = FakeCluster(
             topology, MODES[topology], is_late=None if late is None else lambda: luck.random() < late,
+            luck=lambda: luck.choices(faults, odds)[0],
             by_role={"D": dict(num_blocks=blocks[1], max_num_seqs=seats[1])}, num_blocks=blocks[0], max_num_seqs=seats[0],
             block_size=block_size, caching=caching, watermark=watermark, budget=8, chunk=chunk, max_model_len=20)
         self.ledger = self.cluster.ledger
 
-    @rule(request=requests(), times=st.sampled_from([1, 1, 3]))
-    def submit(self, request, times):
+    @rule(request=requests(), times=st.sampled_from([1, 1, 3]), timeout=st.sampled_from([None, None, 5]),
+          mode=st.sampled_from([None, "collocated", "disaggregated"]))
+    def submit(self, request, times, timeout, mode):
         prompt, sampling, beam = request
+        now = self.cluster.clock()
         for _ in range(times):
-            request = Request(str(len(self.ledger.requests)), prompt, sampling, beam=beam)
+            request = Request(str(len(self.ledger.requests)), prompt, sampling, beam=beam, arrival_time=now,
+                              deadline=timeout and now + timeout)
             try:
-                self.cluster.submit(request)
+                self.cluster.submit(request, mode)
             except InvalidRequest:
                 moves["refused for ever"] += 1
                 return
             moves["beams" if beam else f"n={sampling.n}"] += 1
+            moves["in the other mode"] += mode not in (None, self.cluster.central.mode)
 
     @rule(times=st.sampled_from([1, 1, 2, 5]))
     def step(self, times):
@@ -93,7 +109,7 @@ class PipelineMachine(RuleBasedStateMachine):
         events = self.cluster.cancel(self.ledger.open[index % len(self.ledger.open)], answer)
         moves["cancel one"] += len(events)
 
-    @precondition(lambda self: self.ledger.open)
+    @precondition(lambda self: self.ledger.open and self.cluster.living)
     @rule(index=picks, moment=st.sampled_from(["start", "middle", "end"]))
     def break_a_worker(self, index, moment):
         runner = self.a_worker(index).engine.runner
@@ -103,7 +119,7 @@ class PipelineMachine(RuleBasedStateMachine):
         runner.break_at = None
         moves["raise"] += runner.counts["raises"] - before
 
-    @precondition(lambda self: self.ledger.open)
+    @precondition(lambda self: self.ledger.open and self.cluster.living)
     @rule(index=picks, moment=st.sampled_from(["start", "middle", "end"]))
     def interrupt_a_worker(self, index, moment):
         """Ctrl-C: nobody ends, and no message is lost."""
@@ -118,22 +134,48 @@ class PipelineMachine(RuleBasedStateMachine):
         finally:
             runner.break_at, runner.break_with = None, Breakdown
 
-    @precondition(lambda self: self.ledger.open)
+    @precondition(lambda self: self.ledger.open and self.cluster.living)
     @rule(index=picks)
     def spoil_rows(self, index):
         """Whatever a request draws next, wherever it is, comes back with an error."""
-        runners = [worker.engine.runner for worker in self.cluster.workers.values()]
+        request_id = self.ledger.open[index % len(self.ledger.open)]
+        runners = [worker.engine.runner for worker in self.cluster.living.values()]
         for runner in runners:
-            runner.spoiled = {self.ledger.open[index % len(self.ledger.open)]}
+            runner.spoiled = {self.cluster.central._entries[request_id].job}
         before = sum(runner.counts["row errors"] for runner in runners)
         self.cluster.step(2)
         for runner in runners:
             runner.spoiled = set()
         moves["row error"] += sum(runner.counts["row errors"] for runner in runners) - before
 
+    @precondition(lambda self: self.may_lose and self.cluster.living)
+    @rule(index=picks, num_said=st.integers(0, 3))
+    def lose_a_worker(self, index, num_said):
+        worker = self.a_worker(index)
+        moves[f"lost {worker.role}"] += 1
+        self.cluster.lose(worker.worker_id, num_said)
+
+    @precondition(lambda self: self.cluster.living)
+    @rule(index=picks, role=st.sampled_from("CPD"))
+    def switch_role(self, index, role):
+        worker_id = list(self.cluster.living)[index % len(self.cluster.living)]
+        try:
+            self.cluster.central.set_role(worker_id, role)
+            moves["role switch"] += 1
+        except ConfigError:
+            moves["role switch refused"] += 1
+
+    @rule(seconds=st.integers(1, 4))
+    def pass_time(self, seconds):
+        self.cluster.clock.now += seconds
+
+    @property
+    def may_lose(self):
+        return hasattr(self.cluster.executor, "lose")
+
     def a_worker(self, index):
-        """One that has something to do, if any has."""
-        workers = list(self.cluster.workers.values())
+        """One that lives and has something to do, if any has."""
+        workers = list(self.cluster.living.values())
         workers = [worker for worker in workers if worker.engine.has_work] or workers
         return workers[index % len(workers)]
 
@@ -142,15 +184,34 @@ class PipelineMachine(RuleBasedStateMachine):
             return
         moves["steps to settle"] += self.cluster.settle(max_steps=100 + 200 * len(self.ledger.requests))
         self.cluster.assert_empty()
-        for worker in self.cluster.workers.values():
+        for worker_id, worker in self.cluster.living.items():
+            state = self.cluster.central.fleet.workers[worker_id]
+            assert (state.role, state.next_role) == (worker.role, None)
+            moves["has another role"] += worker.role != worker_id[0]
             moves[f"preempted on {worker.role}"] += worker.engine.scheduler.num_preemptions
-        timelines = self.cluster.central.timelines.values()
+        self.count_ends()
+
+    def count_ends(self):
+        for link in self.cluster.links.values():
+            moves.update({f"transfer {what}": number for what, number in link.happened.items()})
+        for error in self.ledger.errors.values():
+            assert ERRORS.match(error), error
+            moves[error[:8]] += 1
+        failed = {request_id for (request_id, _), reason in self.ledger.ends.items() if reason == "error"}
+        assert failed == set(self.ledger.errors)
+        timelines = self.cluster.central.timelines
+        ended_well = self.ledger.requests.keys() - failed
+        moves["retried and ended well"] += sum(len(timelines[request_id].jobs) > 1 for request_id in ended_well)
+        timelines = timelines.values()
         moves["refused for now"] += sum(timeline.num_refusals for timeline in timelines)
         moves["through P and D"] += sum(len(timeline.path) == 2 for timeline in timelines)
 
 
 EVERY_MOVE = {"n=1", "n=2", "n=3", "beams", "cancel while queued", "cancel while prefill", "cancel while decode", "cancel one",
-              "raise", "interrupt", "row error", "refused for now", "through P and D", "preempted on D"}
+              "raise", "interrupt", "row error", "refused for now", "through P and D", "preempted on D",
+              "in the other mode", "lost C", "lost P", "lost D", "retried and ended well", "gave up ", "no decod", "no prefi",
+              "no collo", "timed ou", "transfer late", "transfer broken", "transfer corrupted", "role switch",
+              "role switch refused", "has another role"}
 
 
 def run_machine(examples, **options):

@@ -1,0 +1,205 @@
+"""The public face of many engines: a client of workers with roles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanopd.client import Client, Prompt, Stream
+from nanopd.config import ConfigError, Topology
+from nanopd.core import Request, SamplingParams, TokenEvent
+from nanopd.engine.factory import EngineOptions, give_back_memory, resolve_device
+from nanopd.engine.limits import Limits
+from nanopd.messages import History, Status
+from nanopd.models.loader import load_tokenizer
+from nanopd.router.central_scheduler import TIMELINES_KEPT, CentralScheduler
+from nanopd.router.timeline import Timeline
+from nanopd.router.trace import save_trace
+from nanopd.workers.executors import InlineExecutor
+from nanopd.workers.host import HostSpec, build_workers
+from nanopd.workers.links import TRANSPORTS
+from nanopd.workers.process import ProcessExecutor
+from nanopd.workers.transfer import LocalTransport, Transport
+from nanopd.workers.wire import uninterrupted
+from nanopd.workers.worker import Worker
+
+EXECUTORS = ("inline", "process")
+POLL_FOR = 0.05  # seconds; as long may Ctrl-C wait
+
+
+class Cluster(Client):
+    """Workers with roles on one or more devices.
+
+    Args:
+        model: as for `LLM`.
+        topology: workers as ROLE:DEVICE, roles C (collocated), P (prefill), D (decode); "P:cpu D:cpu", "C:0 P:1 D:2".
+        mode: "collocated" or "disaggregated".
+        executor: "inline": all workers in this process, in turn, which takes a single device; "process": a process for
+            each GPU, or on the CPU for each worker. Default: inline where there is a single device.
+        transport: how KV caches travel between processes: "auto" takes the best that a pair of devices can do.
+        checksums: send the checksum of each prompt's KV along, and compare.
+        hang_timeout: seconds without a sign of life after which a process is given up and killed.
+        max_queued: how many requests may be open at once; one more raises Overloaded.
+        options: see `EngineOptions`: max_model_len, max_num_seqs, max_num_batched_tokens, block_size, ...
+    """
+
+    def __init__(self, model: str = "tiny", topology: str = "P:cpu D:cpu", mode: str = "disaggregated", *,
+                 executor: str | None = None, transport: str = "auto", checksums: bool = False, hang_timeout: float = 60.0,
+                 max_queued: int = 16_384, dtype: str | torch.dtype | None = None, load_format: str = "auto", seed: int = 0,
+                 **options: Any) -> None:
+        self.topology = Topology.parse(topology)
+        self.topology.check_mode(mode)
+        self.mode = mode
+        self._is_shut_down = False
+        self.executor = _pick_executor(executor, self.topology)
+        _check_transport(transport, self.executor)
+        if hang_timeout <= 0:
+            raise ConfigError(f"hang_timeout must be a number of seconds above 0, got {hang_timeout!r}")
+        engine_options = EngineOptions.from_keywords(options)
+        for device in self.topology.devices:
+            resolve_device(device)
+        super().__init__(load_tokenizer(model), seed)
+        spec = partial(HostSpec, model=model, dtype=dtype, load_format=load_format, seed=seed, options=engine_options,
+                       transport=transport, checksums=checksums)
+        if self.executor == "inline":
+            self._executor: InlineExecutor | ProcessExecutor = _inline(self.topology, spec)
+        else:
+            self._executor = ProcessExecutor(_hosts(self.topology, spec), hang_timeout)
+        self._central = CentralScheduler(self._executor, mode, Limits.tightest(self._executor.limits.values()),
+                                         max_queued=max_queued)
+
+    @property
+    def workers(self) -> dict[str, Worker]:
+        """By id: "C0", "P0", "P1", "D0", ... Where they are in processes of their own, ask `status` and `history`."""
+        if isinstance(self._executor, ProcessExecutor):
+            raise RuntimeError("the workers are in processes of their own: see status() and history()")
+        return self._executor.workers
+
+    @property
+    def limits(self) -> Limits:
+        return self._central.limits
+
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, timeout: float | None = None,
+               mode: str | None = None) -> Stream:
+        """Queue one prompt, a text or {"prompt_token_ids": [...]}. Returns its stream at once.
+
+        Args:
+            timeout: seconds; when they are over, what is unfinished of the request ends with an error.
+            mode: the pipeline of this request, where it is not to be the cluster's.
+
+        Raises:
+            InvalidRequest: it can't be served; the message says why.
+            Overloaded: `max_queued` requests are open.
+        """
+        request = self._make_request(prompt, sampling_params or SamplingParams(), timeout=timeout)
+        return self._submit(request, mode=mode)
+
+    def step(self) -> list[TokenEvent]:
+        with self._undivided():
+            return super().step()
+
+    def cancel(self, request_id: str) -> None:
+        with self._undivided():
+            super().cancel(request_id)
+
+    def status(self) -> dict[str, Status]:
+        """How each living worker is doing, by its id."""
+        return self._executor.status()
+
+    def history(self) -> dict[str, History]:
+        """What each living worker has done lately, by its id: its steps, and the transfers that left it."""
+        return self._executor.history()
+
+    def set_role(self, worker_id: str, role: str) -> None:
+        """Give a worker another role ("C", "P" or "D"), while requests flow: it ends what it has, and changes then.
+
+        Raises ConfigError if there is no such worker or role, or if a role would be left without a worker.
+        """
+        self._central.set_role(worker_id, role)
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write what the latest requests and the workers did as a Chrome trace, for https://ui.perfetto.dev."""
+        save_trace(path, self._central.timelines, self.history())
+
+    def timeline(self, request_id: str) -> Timeline:
+        """The request's path through the workers, and when it got where."""
+        if request_id not in self._central.timelines:
+            raise KeyError(f"no request {request_id!r}; timelines are kept of the last {TIMELINES_KEPT} requests")
+        return self._central.timelines[request_id]
+
+    def _undivided(self) -> AbstractContextManager[None]:
+        """Ctrl-C waits until what processes have said is worked off: they do not say it again. Inline it may come at any
+        time, for nothing has been said before a step is over, and a step may take long."""
+        return uninterrupted() if self.executor == "process" else nullcontext()
+
+    def _release(self) -> None:
+        self._is_shut_down = True
+        self._executor.close()
+        give_back_memory()
+
+    def _submit(self, request: Request, **options: Any) -> Stream:
+        with self._undivided():
+            return super()._submit(request, **options)
+
+    def _start(self, request: Request, mode: str | None = None) -> None:
+        if self._is_shut_down:
+            raise RuntimeError("this cluster has been shut down: make a new one")
+        self._central.submit(request, mode)
+
+    def _advance(self) -> list[TokenEvent]:
+        events = self._central.step(POLL_FOR)
+        if not events and self.has_work and not self._central.has_work:
+            raise RuntimeError("requests are open, but no worker knows of them: a request was lost")
+        return events
+
+    def _cancel(self, request_id: str) -> list[TokenEvent]:
+        return self._central.cancel(request_id)
+
+    def _stop_answer(self, request_id: str, index: int) -> None:
+        self._central.cancel(request_id, index)
+
+
+def _pick_executor(executor: str | None, topology: Topology) -> str:
+    if executor is None:
+        return "inline" if len(topology.devices) == 1 else "process"
+    if executor not in EXECUTORS:
+        raise ConfigError(f"unknown executor {executor!r}; there are {', '.join(EXECUTORS)}")
+    if executor == "inline" and len(topology.devices) > 1:
+        raise ConfigError(f"topology '{topology}' names several devices; the inline executor runs all workers on one: "
+                          "leave executor out, or take 'process'")
+    return executor
+
+
+def _check_transport(transport: str, executor: str) -> None:
+    if transport not in TRANSPORTS:
+        raise ConfigError(f"unknown transport {transport!r}; there are {', '.join(TRANSPORTS)}")
+    if executor == "inline" and transport != "auto":
+        raise ConfigError(f"transport {transport!r} goes between processes, and the inline executor has only one: "
+                          "leave transport out, or take executor='process'")
+
+
+def _inline(topology: Topology, spec: Callable[..., HostSpec]) -> InlineExecutor:
+    """All workers in this process, and so no way between them but the direct one."""
+    workers: dict[str, Worker] = {}
+
+    def connect(source_id: str, destination_id: str) -> Transport:
+        return LocalTransport(workers[source_id].cache, workers[destination_id].cache)
+
+    roles = {worker_id: placement.role for worker_id, placement in topology.workers.items()}
+    workers |= build_workers(spec(host=0, roles=roles, device=topology.devices[0]), connect)
+    return InlineExecutor(list(workers.values()))
+
+
+def _hosts(topology: Topology, spec: Callable[..., HostSpec]) -> list[HostSpec]:
+    """One for each GPU, whose workers share the weights; one for each worker on the CPU, where work runs side by side."""
+    groups: dict[str, dict[str, str]] = {}
+    for worker_id, placement in topology.workers.items():
+        groups.setdefault(worker_id if placement.device == "cpu" else placement.device, {})[worker_id] = placement.role
+    num_threads = max(1, torch.get_num_threads() // len(groups))
+    return [spec(host=number, roles=roles, device=topology.workers[next(iter(roles))].device, num_threads=num_threads)
+            for number, roles in enumerate(groups.values())]

@@ -1,0 +1,143 @@
+"""The living workers as the central scheduler sees them: what each has in hand, which one is chosen, who is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from nanopd.config import ROLES, ConfigError
+from nanopd.messages import Destination, FromWorker, Refused, ReleaseLease, Reserve, SetRole, ToWorker
+
+
+class Executor(Protocol):
+    """Carries messages to workers and back. A sign of life is between it and them."""
+
+    roles: dict[str, str]  # of the living workers, by id. One that is lost leaves before its Lost is returned by `poll`
+
+    def send(self, worker_id: str, message: ToWorker) -> None:
+        """Never waits. What is sent to a worker that is gone is dropped."""
+
+    def poll(self, timeout: float = 0.0) -> list[tuple[str, FromWorker]]:
+        """What workers say, as (worker id, message), each one's in order. Waits at most `timeout` seconds for the first."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether workers go on, if they have anything to do, without `poll` being called."""
+
+
+@dataclass
+class WorkerState:
+    """What one worker has in hand, or was asked to take.
+
+    `news` counts what it said and was told that may have made room: after a refusal it is asked again once there is some.
+    """
+
+    role: str
+    next_role: str | None = None  # to be taken when nothing is in hand any more; until then no new work
+    answers: dict[str, int] = field(default_factory=dict)  # job -> answers it writes, or is to set blocks aside for
+    writes: dict[str, Destination] = field(default_factory=dict)  # job -> where the KV of the prompt it computes goes
+    news: int = 1
+    refused_at: int = 0  # its news when it was asked for the blocks that it refused
+
+    @property
+    def load(self) -> int:
+        return sum(self.answers.values()) + len(self.writes)
+
+    def takes(self, role: str) -> bool:
+        """Whether it gets new work of a role."""
+        return self.role == role and self.next_role is None
+
+
+class Fleet:
+    """Talks to the workers that live, and keeps account of them.
+
+    Args:
+        max_num_seqs: answers that a worker can seat.
+    """
+
+    def __init__(self, executor: Executor, max_num_seqs: int) -> None:
+        self.executor = executor
+        self.workers = {worker_id: WorkerState(role) for worker_id, role in executor.roles.items()}
+        self.losses: dict[str, list[str]] = {}  # role -> what became of the workers of that role that are gone
+        # A collocated worker has a few in line, to seat them at once; the rest waits where no worker's loss can touch it.
+        self._room = {"C": max_num_seqs + max_num_seqs // 4 + 1, "P": None, "D": max_num_seqs}
+
+    def send(self, worker_id: str, message: ToWorker) -> None:
+        """Pass a message on, if the worker lives."""
+        if worker_id in self.workers:
+            if not isinstance(message, Reserve):
+                self.workers[worker_id].news += 1
+            self.executor.send(worker_id, message)
+
+    def poll(self, timeout: float) -> list[tuple[str, FromWorker]]:
+        """See `Executor.poll`."""
+        said = self.executor.poll(timeout)
+        for worker_id, message in said:
+            if not isinstance(message, Refused):
+                self.workers[worker_id].news += 1
+        return said
+
+    def release(self, destination: Destination, *holders: str) -> None:
+        """Let go of a lease."""
+        for holder in holders:
+            self.send(destination.worker_id, ReleaseLease(destination.lease_id, holder))
+
+    def choose(self, role: str, num_answers: int = 1) -> str | None:
+        """The least loaded worker of a role among those that may have room; None if there is none."""
+        room = self._room[role]
+        candidates = [worker_id for worker_id, worker in self.workers.items()
+                      if worker.takes(role) and worker.refused_at != worker.news
+                      and (room is None or worker.load + num_answers <= room)]
+        return min(candidates, key=lambda worker_id: self.workers[worker_id].load, default=None)
+
+    def let_go(self, worker_id: str, job: str) -> None:
+        """The worker has a job's answers in hand no more."""
+        if worker_id in self.workers:
+            self.workers[worker_id].answers.pop(job, None)
+
+    def lose(self, worker_id: str, reason: str) -> tuple[str, list[str]]:
+        """A worker is gone. Returns what to say about it, and the jobs that it had in hand."""
+        worker = self.workers.pop(worker_id)
+        what = f"{worker_id} was lost ({reason})"
+        self.losses.setdefault(worker.role, []).append(what)
+        for destination in worker.writes.values():  # it can't say itself that it writes no more
+            self.release(destination, "writer")
+        return what, [*worker.writes, *worker.answers]
+
+    def lack(self, roles: Collection[str]) -> str | None:
+        """What to say where one of the roles has nobody left to take new work."""
+        for role in roles:
+            if not any(worker.takes(role) for worker in self.workers.values()):
+                losses = "; ".join(self.losses.get(role, []))
+                return f"no {ROLES[role]} worker is left" + (f": {losses}" if losses else "")
+        return None
+
+    @property
+    def roles(self) -> set[str]:
+        """All that there are, or were before a loss."""
+        return {worker.role for worker in self.workers.values()} | self.losses.keys()
+
+    def set_role(self, worker_id: str, role: str, needed: Collection[str]) -> None:
+        """See `CentralScheduler.set_role`. `needed`: roles that must not lose their last worker."""
+        if worker_id not in self.workers:
+            raise ConfigError(f"no worker {worker_id!r}; workers are {', '.join(self.workers)}")
+        if role not in ROLES:
+            raise ConfigError(f"unknown role {role!r}; roles are "
+                              + ", ".join(f"{letter} ({name})" for letter, name in ROLES.items()))
+        worker = self.workers[worker_id]
+        others = (other for other in self.workers.values() if other is not worker)
+        if worker.role in needed and role != worker.role and not any(other.takes(worker.role) for other in others):
+            raise ConfigError(f"{worker_id} is the last {ROLES[worker.role]} worker, and requests need one: "
+                              "give another worker that role first")
+        worker.next_role = None if role == worker.role else role
+        self.change_roles()
+
+    def change_roles(self) -> None:
+        """Those that are to change, and have nothing in hand any more, do."""
+        for worker_id in self.executor.roles:  # not one that is gone, and whose loss has not been told yet
+            worker = self.workers[worker_id]
+            if worker.next_role is not None and not worker.answers and not worker.writes:
+                worker.role, worker.next_role = worker.next_role, None
+                self.executor.roles[worker_id] = worker.role
+                self.send(worker_id, SetRole(worker.role))

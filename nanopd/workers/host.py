@@ -1,0 +1,237 @@
+"""A process that runs workers: all those of one GPU, or one on the CPU. Started by `ProcessExecutor`.
+
+It reads its HostSpec, answers Ready or Failed, and carries messages between the connection and its workers until it is
+told to Stop. When the connection ends without that, its parent is gone, and so is it, whatever it was doing.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import wait
+from typing import Any, NoReturn
+
+import torch
+
+from nanopd.config import ConfigError
+from nanopd.engine.factory import EngineOptions, build_engine
+from nanopd.engine.limits import Limits
+from nanopd.messages import FromWorker, Ping, Pong, Tokens, ToWorker
+from nanopd.models.loader import ModelError, load_model
+from nanopd.paged_attention.build import load_kernels
+from nanopd.workers.links import Address, Links
+from nanopd.workers.transfer import TransferError, Transport
+from nanopd.workers.wire import Wire, wait_for_room
+from nanopd.workers.worker import Worker
+
+NOTHING_RAN = 0.005  # seconds until a worker whose requests all wait for blocks looks again
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """What a host is to run."""
+
+    host: int  # its number
+    roles: dict[str, str]  # worker ids and their roles
+    device: str
+    model: str
+    dtype: str | torch.dtype | None
+    load_format: str
+    seed: int
+    options: EngineOptions
+    transport: str
+    checksums: bool
+    num_threads: int = 1  # of torch, on the CPU
+
+
+# ------------------------------------------------------- between the parent and the host, not its workers
+
+
+@dataclass(frozen=True)
+class Learn:
+    """Where all workers are."""
+
+    addresses: dict[str, Address]
+
+
+@dataclass(frozen=True)
+class Forget:
+    """These workers are gone."""
+
+    worker_ids: list[str]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Leave."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The workers can begin."""
+
+    limits: dict[str, Limits]
+    addresses: dict[str, Address]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The host can't start, or can't go on. It leaves."""
+
+    error: Exception
+
+
+ToHost = tuple[str, ToWorker] | tuple[None, Learn | Forget | Ping | Stop]
+FromHost = tuple[str, FromWorker] | tuple[None, Ready | Failed | Pong]
+
+
+def build_workers(spec: HostSpec, connect: Callable[[str, str], Transport]) -> dict[str, Worker]:
+    """The workers of a spec, in this process: each with a cache of its own, all with the same weights.
+
+    `connect(source, destination)` gives the transport from worker to worker. Raises ConfigError and ModelError.
+    """
+    device = torch.device(spec.device)
+    model = load_model(spec.model, device=device, dtype=spec.dtype, load_format=spec.load_format, seed=spec.seed)
+    workers = {}
+    for num_built, (worker_id, role) in enumerate(spec.roles.items()):
+        share = 1 / (len(spec.roles) - num_built)  # of the memory that the others have left
+        engine = build_engine(model, device, spec.options, cache_share=share)
+        workers[worker_id] = Worker(
+            worker_id, role, engine, engine.runner.cache, partial(connect, worker_id), spec.checksums)
+    return workers
+
+
+class Host:
+    """The workers of this process, stepped in turn while they have work."""
+
+    def __init__(self, spec: HostSpec) -> None:
+        self.links = Links(spec.host, spec.transport, torch.device(spec.device))
+        self.workers = build_workers(spec, self.links.connect)
+        self.addresses = {worker_id: self.links.publish(worker_id, worker.cache) for worker_id, worker in self.workers.items()}
+
+    @property
+    def limits(self) -> dict[str, Limits]:
+        return {worker_id: worker.engine.limits for worker_id, worker in self.workers.items()}
+
+    def run(self, inbox: queue.SimpleQueue[ToHost], wire: Wire) -> None:
+        """Serve until told to stop. Raises RuntimeError where the device is broken: what ran here can run elsewhere."""
+        patience: float | None = None  # seconds to wait for mail; None: nobody has work, so for as long as it takes
+        while self._take_mail(inbox, wire, patience):
+            ran = [self._step(worker, wire) for worker in self.workers.values() if worker.has_work]
+            patience = (0.0 if any(ran) else NOTHING_RAN) if ran else None
+
+    def close(self) -> None:
+        self.links.close()
+
+    def _take_mail(self, inbox: queue.SimpleQueue[ToHost], wire: Wire, patience: float | None) -> bool:
+        """Hand out what has come. Returns whether to go on."""
+        try:
+            worker_id, message = inbox.get(timeout=patience) if patience != 0 else inbox.get_nowait()
+            while True:
+                if worker_id is not None:
+                    self.workers[worker_id].inbox.append(message)
+                elif isinstance(message, Stop):
+                    return False
+                else:
+                    self._take_own(message, wire)
+                worker_id, message = inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _take_own(self, message: Learn | Forget | Ping, wire: Wire) -> None:
+        match message:
+            case Learn():
+                self.links.learn(message.addresses)
+            case Forget():
+                for worker_id in message.worker_ids:
+                    self.links.forget(worker_id)
+            case Ping():
+                _say(wire, [(None, Pong())])
+
+    def _step(self, worker: Worker, wire: Wire) -> bool:
+        """Returns whether there was anything to do, other than to wait for blocks."""
+        steps_before = worker.engine.num_steps
+        worker.step()
+        messages, said_something = list(worker.outbox), bool(worker.outbox)
+        worker.outbox.clear()
+        _raise_if_broken(messages)
+        if said_something:
+            _say(wire, [(worker.worker_id, message) for message in messages])
+        return said_something or worker.engine.num_steps > steps_before or bool(worker.transfers)
+
+
+def _raise_if_broken(messages: list[FromWorker]) -> None:
+    """After a CUDA error nothing runs in this process any more; the engine took it for the fault of a step's requests."""
+    for message in messages:
+        for event in message.events if isinstance(message, Tokens) else ():
+            if event.error is not None and ("CUDA error" in event.error or event.error.startswith("AcceleratorError")):
+                raise RuntimeError(event.error)
+
+
+def _say(wire: Wire, messages: list[FromHost]) -> None:
+    wire.send(messages)
+    wait_for_room(wire)
+
+
+def _listen(wire: Wire, inbox: queue.SimpleQueue[Any]) -> None:
+    """Take in what the parent says, so that it never waits for a step to end."""
+    stopping = False
+    while True:
+        wait([wire])
+        try:
+            for message in wire.receive():
+                inbox.put(message)
+                stopping = isinstance(message, tuple) and isinstance(message[1], Stop)
+        except EOFError:
+            if stopping:
+                return
+            _leave(1)  # the parent is gone, and the main thread may be in a step that never ends
+
+
+def main(descriptor: int) -> None:
+    """The process. `descriptor` is its end of the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    os.set_inheritable(descriptor, False)
+    wire = Wire(socket.socket(fileno=descriptor))
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(wire, inbox), daemon=True).start()
+    try:
+        spec = inbox.get()
+        _prepare(spec)
+        host = Host(spec)
+        _say(wire, [(None, Ready(host.limits, host.addresses))])
+        host.run(inbox, wire)
+        host.close()
+    except Exception as error:
+        _say(wire, [(None, Failed(_tellable(error)))])
+        _leave(1)
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """At once: the interpreter's own way out takes its time, and trips over a device that is broken."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _prepare(spec: HostSpec) -> None:
+    torch.set_num_threads(spec.num_threads)
+    if torch.device(spec.device).type == "cuda":
+        torch.cuda.set_device(spec.device)  # or events, pinned memory and a context of this process would be on GPU 0
+        load_kernels()  # may compile for a minute, which a step must not
+
+
+def _tellable(error: Exception) -> Exception:
+    """What the user can put right, as it is; anything else by its name, with the rest on stderr."""
+    if isinstance(error, (ConfigError, ModelError, TransferError, OSError)):
+        return error
+    traceback.print_exception(error)
+    return RuntimeError(f"{type(error).__name__}: {error}")
