@@ -358,7 +358,8 @@ class Reception:
             try:
                 connection = self._listener.accept()
             except OSError:
-                continue  # who came has gone again
+                time.sleep(0.01)  # who came has gone again, or there are too many open files
+                continue
             if self._closing:
                 connection.close()
                 return

@@ -6,6 +6,7 @@ import signal
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Client
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from workers.far_end import GLOO, LAYERS, Handle, fill, leftovers, make_cache
+from workers.serving import MIX, assert_nothing_leaked, assert_tokens_equal_reference, serve_mix
 
+from nanopd.block_manager.cache import KVCache
 from nanopd.config import ConfigError
 from nanopd.workers import channel
 from nanopd.workers.checksum import checksum
@@ -224,8 +227,14 @@ def test_who_is_killed_before_the_first_send_can_not_be_reached(pair, transport)
 
 
 @pytest.mark.parametrize("transport", ALL)
-def test_nothing_is_written_after_a_killed_sender_is_forgotten(pair, transport):
+def test_nothing_is_written_after_a_killed_sender_is_forgotten(pair, transport, monkeypatch):
+    def slow_unpack(*arguments):  # so that there is something left to do when the sender is dead
+        time.sleep(0.1)
+        unpack(*arguments)
+
     near, far = pair(transport, far_id="P1", near_id="D1")
+    unpack = KVCache.unpack
+    monkeypatch.setattr(KVCache, "unpack", slow_unpack)
     far.fill(2)
     for _ in range(30):
         far.send("D1", range(LAYERS), [0, 1, 2], [0, 1, 2])
@@ -235,7 +244,7 @@ def test_nothing_is_written_after_a_killed_sender_is_forgotten(pair, transport):
     near.links.forget("P1")
     assert time.monotonic() - start < 5
     near.cache.poison(range(BLOCKS))
-    time.sleep(0.2)
+    time.sleep(0.3)
     assert near.cache.data.isnan().all()
 
 
@@ -269,6 +278,28 @@ def test_nothing_spins(pair, transport):
     start = time.process_time()
     time.sleep(1)
     assert time.process_time() - start < 0.02
+
+
+# ------------------------------------------------------------------------------------------------------ the workers
+
+
+@pytest.mark.parametrize("transport", ALL)
+def test_workers_give_the_references_tokens(reference, transport):
+    """Workers of one process that are linked as if each had its own."""
+    with reference.cluster(topology="P:cpu P:cpu D:cpu D:cpu", prefill_chunk_size=7) as cluster:
+        links = {worker_id: Links(host, transport) for host, worker_id in enumerate(cluster.workers)}
+        addresses = {worker_id: links[worker_id].publish(worker_id, worker.cache) for worker_id, worker in cluster.workers.items()}
+        for worker_id, worker in cluster.workers.items():
+            worker.cache.poison(range(worker.cache.num_blocks))
+            links[worker_id].learn(addresses)
+            worker._connect = partial(links[worker_id].connect, worker_id)
+        for _ in range(2):  # the second time from warm prefix caches
+            assert_tokens_equal_reference(serve_mix(cluster), MIX, reference)
+        assert_nothing_leaked(cluster)
+        records = [record for worker in cluster.workers.values() for record in worker.sent]
+        assert len(records) > len(MIX) and {record.transport for record in records} == {transport}
+        for link in links.values():
+            link.close()
 
 
 # ------------------------------------------------------------------------------------------------------ strangers
