@@ -531,7 +531,7 @@ guess.reveal(right=sum(answer == question.answer for question, answer in zip(que
 # previous person's prompt. This is not noise. It is somebody else's secret, fluently told.
 #
 # Nothing noticed: no error, `check()` is content, and a timeline would look better than ever, since nobody waits. What
-# finds it is comparing bytes: with `checksums=True`, P0 adds up its KV of each prompt, D0 does the same with what has
+# finds it is comparing bytes: with `checksums=True`, P0 adds up the KV that it sends, D0 does the same with what has
 # arrived, and a prompt that differs is tried again. The checksum costs reading all of the KV twice more, so it is off by
 # default: it is for finding such a fault, not for living with it. The mend is one line.
 
@@ -540,7 +540,7 @@ guess.reveal(right=sum(answer == question.answer for question, answer in zip(que
 # 上一个人的提示。这不是噪声，是别人的秘密，而且说得很流利。
 #
 # 谁也没有察觉：没有报错，`check()` 说一切正常，时间线只会更漂亮——谁都不等了嘛。要抓住它，得比对字节：加上 `checksums=True`，
-# P0 给每个提示的 KV 求一个校验和，D0 对收到的也求一遍，对不上就重来。校验和要把全部 KV 再读两遍，所以默认不开：它是用来找毛病的，
+# P0 给发出去的 KV 求一个校验和，D0 对收到的也求一遍，对不上就重来。校验和要把全部 KV 再读两遍，所以默认不开：它是用来找毛病的，
 # 不是用来带着毛病过日子的。修好只要一行。
 
 # %%
@@ -577,7 +577,8 @@ for served in (hand, apart, changing, cluster):
 
 # %% [markdown] lang="en"
 # The fault is gone and its bytes are not: D0 has filed them under the hash of the right tokens, and hands them to everybody
-# who asks for that prefix. A wrong byte in a cache outlives its cause. Whoever mends such a fault restarts the workers.
+# who asks for that prefix. No checksum helps now, since what D0 has is not sent. A wrong byte in a cache outlives its
+# cause. Whoever mends such a fault restarts the workers.
 #
 # ## Where you are
 #
@@ -590,7 +591,8 @@ for served in (hand, apart, changing, cluster):
 # The deep dive is `docs_en/05_workers.md`. Next, chapter 06 decides which of the two ways a request should go.
 
 # %% [markdown] lang="zh"
-# 毛病没了，它留下的字节还在：D0 把它们归到了正确 token 的哈希名下，谁来要这个前缀，就发给谁。缓存里一个错的字节，比弄错它的原因活得还久。
+# 毛病没了，它留下的字节还在：D0 把它们归到了正确 token 的哈希名下，谁来要这个前缀，就发给谁。
+# 这时校验和也帮不上忙，因为 D0 有的就不发了。缓存里一个错的字节，比弄错它的原因活得还久。
 # 修好这种毛病的人，记得重启 Worker。
 #
 # ## 现在到了哪里
