@@ -275,6 +275,7 @@ STRINGS: dict[str, tuple[str, str]] = {
         "measured on this machine's CPU, both ends in one process: {transports}",
         "在这台机器的 CPU 上实测，收发两端在同一个进程里：{transports}",
     ),
+    "transfers.by_layer": ("{transport}, layer by layer", "{transport}，逐层"),
     "transfers.blocks_axis": ("blocks sent at once", "一次发送的块数"),
     "transfers.rate_axis": ("GB/s", "GB/s"),
     # batch timeline

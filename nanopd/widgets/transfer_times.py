@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 COLOURS = {"local": "#0072b2", "peer": "#009e73", "relay": "#d55e00", "collective": "#cc79a7"}
 COUNTS = [4**k for k in range(5)]  # 1 to 256 blocks, to be timed here
-CEILING = "copy_gb_s"  # a plain copy of as many bytes, measured in the same run: how such ceilings' names end
 TIMES = 5
 
 
@@ -35,6 +34,7 @@ class Point:
     transport: str
     num_blocks: int
     gb_s: float
+    by_layer: bool = False  # sent a layer at a time, rather than whole
 
 
 class TransferTimes(Panel):
@@ -87,17 +87,19 @@ class TransferTimes(Panel):
         traces = []
         for points, symbol, word in ((self.recorded, "diamond", "explorer.legend_recorded"),
                                      (self.measured, "star", "explorer.legend_measured")):
-            for transport in dict.fromkeys(point.transport for point in points):
-                line = sorted((p for p in points if p.transport == transport), key=lambda p: p.num_blocks)
+            for transport, by_layer in dict.fromkeys((point.transport, point.by_layer) for point in points):
+                line = [point for point in points if (point.transport, point.by_layer) == (transport, by_layer)]
+                line.sort(key=lambda point: point.num_blocks)
+                name = t("transfers.by_layer", transport=transport) if by_layer else transport
                 traces.append(go.Scatter(
                     x=[p.num_blocks for p in line], y=[p.gb_s for p in line], mode="lines+markers",
-                    name=f"{transport} ({t(word)})",
-                    marker={"symbol": symbol, "size": 10}, line={"color": COLOURS.get(transport, INK), "width": 2},
+                    name=f"{name} ({t(word)})", marker={"symbol": symbol, "size": 10},
+                    line={"color": COLOURS.get(transport, INK), "width": 2, "dash": "dash" if by_layer else "solid"},
                     hovertemplate="%{x:,} · %{y:,.3g} GB/s<extra>%{fullData.name}</extra>"))
         return traces + self._ceilings()
 
     def _ceilings(self) -> list[go.Scatter]:
-        """What a plain copy reached in the recorded run."""
+        """What plain copies reached in the recorded run."""
         if self.report is None:
             return []
         counts = [point.num_blocks for point in self.recorded] or COUNTS
@@ -105,7 +107,7 @@ class TransferTimes(Panel):
                            name=name.removesuffix("_gb_s").replace("_", " "),
                            line={"color": FAINT, "width": 1.5, "dash": "dot"},
                            hovertemplate="%{y:,.3g} GB/s<extra>%{fullData.name}</extra>")
-                for name, gb_s in self.report.ceilings.items() if name.endswith(CEILING)]
+                for name, gb_s in self.report.ceilings.items() if name.endswith("_gb_s")]
 
     def _figure(self) -> go.Figure:
         figure = go.Figure(self._traces())
@@ -170,6 +172,6 @@ def _recorded() -> Report | None:
 
 
 def _points(report: Report | None) -> list[Point]:
-    """Rows of `nanopd bench transfer` that time a number of blocks."""
+    """The rows of `nanopd bench transfer`."""
     rows = report.rows if report else []
-    return [Point(row["transport"], row["blocks"], row["gb_s"]) for row in rows if {"transport", "blocks", "gb_s"} <= row.keys()]
+    return [Point(row["transport"], row["blocks"], row["gb_s"], row["pieces"] == "layers") for row in rows]

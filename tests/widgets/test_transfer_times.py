@@ -10,13 +10,13 @@ from nanopd.widgets.strings import set_language
 from nanopd.widgets.transfer_times import Point, TransferTimes
 
 ROWS = [
-    {"transport": "peer", "blocks": 64, "gb_s": 300.0},
-    {"transport": "peer", "blocks": 4, "gb_s": 40.0},
-    {"transport": "relay", "blocks": 64, "gb_s": 25.0},
-    {"op": "prefill_slowdown", "share": 0.01},
+    {"transport": "peer", "pieces": "whole", "blocks": 64, "gb_s": 300.0},
+    {"transport": "peer", "pieces": "whole", "blocks": 4, "gb_s": 40.0},
+    {"transport": "peer", "pieces": "layers", "blocks": 64, "gb_s": 100.0},
+    {"transport": "relay", "pieces": "whole", "blocks": 64, "gb_s": 25.0},
 ]
 REPORT = Report("transfer", "2026-01-01T00:00:00+00:00", "nanopd bench transfer", "abcdef0123", False,
-                {"kind": "cuda", "name": "Some GPU"}, {}, {"peer_copy_gb_s": 320.0, "read_gb_s": 4000.0}, ROWS)
+                {"kind": "cuda", "name": "Some GPU"}, {}, {"peer_copy_gb_s": 320.0}, ROWS)
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +39,11 @@ def test_a_recorded_run_is_drawn_under_its_badge(monkeypatch):
     recorded(monkeypatch, REPORT)
     panel = TransferTimes()
     assert panel.message.value == "recorded on Some GPU, 2026-01-01, commit abcdef0"
-    peer, relay, ceiling = panel.figure.data
+    peer, by_layer, relay, ceiling = panel.figure.data
+    assert (by_layer.name, list(by_layer.y)) == ("peer, layer by layer (recorded elsewhere)", [100.0])
     assert (peer.name, list(peer.x), list(peer.y)) == ("peer (recorded elsewhere)", [4, 64], [40.0, 300.0])
     assert list(relay.y) == [25.0] and peer.marker.symbol == "diamond"
-    assert (ceiling.name, list(ceiling.y)) == ("peer copy", [320.0, 320.0]), "and no other ceiling"
+    assert (ceiling.name, list(ceiling.y)) == ("peer copy", [320.0, 320.0])
 
 
 def test_where_nothing_was_recorded_it_says_so_and_shows_no_figure(monkeypatch):
@@ -58,10 +59,10 @@ def test_what_is_measured_here_stands_beside_it(monkeypatch):
     panel.measure_button.click()
     here = next(trace for trace in panel.figure.data if trace.name == "local (measured here)")
     assert (list(here.x), list(here.y), here.marker.symbol) == ([1, 4], [0.5, 1.5], "star")
-    assert len(panel.figure.data) == 4 and not panel.measure_button.disabled
+    assert len(panel.figure.data) == 5 and not panel.measure_button.disabled
     assert "Some GPU" in panel.message.value and "measured on this machine's CPU, both ends in one process: local" in panel.message.value
     panel.measure()
-    assert len(panel.figure.data) == 4
+    assert len(panel.figure.data) == 5
     assert "Some GPU" in panel.snapshot().layout.title.text
 
 
