@@ -244,7 +244,7 @@ STRINGS: dict[str, tuple[str, str]] = {
     ),
     # cluster timeline
     "cluster.prefill": ("prefill", "预填充"),
-    "cluster.decode": ("decode", "解码"),
+    "cluster.decode": ("decode (pale)", "解码（浅色）"),
     "cluster.transfer": ("transfer, hidden behind computation", "传输（被计算盖住）"),
     "cluster.exposed": ("transfer, exposed", "传输（露在外面）"),
     "cluster.lane_compute": ("steps", "步"),

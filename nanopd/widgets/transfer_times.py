@@ -81,7 +81,7 @@ class TransferTimes(Panel):
         """What is shown now as a static figure, with the badge as its title."""
         figure = go.Figure(self.figure.to_plotly_json())
         return figure.update_layout(margin_t=80, title={"text": self.sentence, "font_size": 13, "x": 0.01, "xanchor": "left",
-                                                        "yref": "container", "y": 0.99, "yanchor": "top"})
+                                                        "yref": "container", "y": 0.96, "yanchor": "top"})
 
     def _traces(self) -> list[go.Scatter]:
         traces = []

@@ -11,7 +11,7 @@
 # It takes about an hour, and all of it runs on a CPU. The code is in `nanopd/messages.py`, `nanopd/workers/` and
 # `nanopd/router/central_scheduler.py`.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="8911006c"
 # # 05 Worker
 #
 # 一块 GPU 读提示，另一块写回答。听起来一个下午就能写完：把 KV 缓存发过去，在那边接着跑就是了。可问题跟着就来了：谁可以往谁的块里写，什么时候写？
@@ -39,7 +39,7 @@ greedy = SamplingParams(temperature=0, max_tokens=60)
 # Four answers are streaming. A prompt of 1,400 tokens comes in and is read in one go. **Of the worker that writes: how many
 # times as long as its usual step is its longest one, if it reads the prompt itself? And if another worker does?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="8011fe5d"
 # ## 5.1 两个阶段，一个 Worker
 #
 # 四个回答正在往外流，这时来了一个 1,400 token 的提示，一口气读完。只看负责写的那个 Worker：**如果提示由它自己读，它最长的一步是平常一步的几倍？
@@ -74,7 +74,7 @@ guess.reveal(longest_step("C:cpu", "collocated", "C0"), longest_step("P:cpu D:cp
 # Its role is only a word that tells others what to ask of it. Below, `tell` puts messages into a worker's inbox, lets it
 # take one step, and returns what it has to say. No scheduler, no thread: you are the central scheduler now.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="25bb45cf"
 # 分块能让长的那一步变短、变多（第 02 章），却不能让它消失；两个 Worker 可以。说句老实话：这里两个 Worker 共用一个 CPU，轮流走，墙上的钟并没有快。
 # 量到的是 D0 自己要干的活——等它有了自己的 GPU，感受到的就是这个。从 5.6 起，它们各有各的进程。
 #
@@ -108,7 +108,7 @@ print(inspect.getsource(Worker.step))
 # The prompt has 700 tokens, blocks hold 16, P0 reads at most 512 tokens a step. **How many blocks does D0 set aside? In
 # which of P0's steps does it have something to say?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="ad6efe21"
 # ## 5.3 租约
 #
 # D0 的显存可能满了，所以在给 KV 找好位置之前，谁也不去读提示。你说 `Reserve`，D0 回答 `Granted`，附上它留出来的块；或者回答 `Refused`。
@@ -141,7 +141,7 @@ print("P0:", p0.manager.num_used_blocks, "blocks in use")
 # Now `Resume`: the lease, and what has been written so far. D0's first step runs a single token, the one that P0 drew,
 # whose own key and value nobody has computed yet. From there it is any decode.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="b63023d7"
 # 到第二步，P0 读完了整个提示。`Tokens` 里是回答的第一个 token：**由读的一方来抽**，因为 logits 在它手上；抽出来立刻发给客户端。
 # `Prefilled` 表示全部 KV 都已经在 D0 的块里，P0 自己的块也放掉了。这一切靠一条规矩撑着：
 #
@@ -168,7 +168,7 @@ print(hand.tokenizer.decode(answer), "expected:", question.answer)
 # blocks while P0 may still write there. So the request lets go at once, and the writer when P0 says `WriteEnded`. How many
 # blocks does D0 hold after the first, and after the second?
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="568ffd2a"
 # 租约为什么要有**两个**持有者？假设 P0 走完第一步，客户端挂断了。只要 P0 还可能往里写，D0 就不能把这些块分给别人。所以请求那一方立刻放手，
 # 写的那一方要等 P0 说了 `WriteEnded` 才放手。第一方放手后，D0 还占着多少块？第二方也放手之后呢？
 
@@ -197,7 +197,7 @@ print(d0.manager.num_used_blocks, "after the writer has, too")
 # and `Granted` says how much of the prompt that is. **You ask the 700-token question of 5.3 again, word for word. How many
 # of its 44 blocks are sent?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="7a52895a"
 # ## 5.4 搬运块
 #
 # P0 不会等整个提示读完。一个分块的某一层刚存好，这一层的块就出发了，下一层接着算。上路的是块，不是 token；
@@ -247,7 +247,7 @@ guess.reveal(blocks, len(send_prompt(512, 512)[1]), sent.num_bytes // p0.cache.b
 # `num_new` to the `num_cached` before it. `num_sent` may be ahead of the chunk: D0 had more of the prompt in its prefix
 # cache than P0 has read, or P0 was preempted and reads it again.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="73545113"
 # 是八个，不是七个：块 2 发了两次。分块若是块大小的整数倍，就没有这份额外的开销。长分块**逐层**发送，除了最后一层，都藏在计算后面；
 # 短分块一次发完（上面那三行就是：所有层一起走），它每一层的时间太短，调用五次的代价比能藏住的还多。
 #
@@ -285,7 +285,7 @@ nanopd.check("05.4", blocks_to_send)
 # decides the speed. Below, this machine's CPU moves 1, 4, 16, ... blocks at a time (a block of the embedded model has 82
 # KB).
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="1b2b8431"
 # ## 5.5 过河的四条路
 #
 # | 传输方式 | 谁来拷 | 需要什么 | 好处 |
@@ -318,7 +318,7 @@ times
 # turns? And how much of the transfers is exposed: time in which a prompt was ready, and waited only for its last bytes, as
 # a percentage of the time it took to read?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="599917c7"
 # 只有一个块时，量到的其实是一次调用的开销；块多了，量到的才是内存。（从几十个块起，CPU 自己的缓存就装不下了，曲线可能又会掉下来。）
 # 要是一个块一个块地循环，就永远停在最左端。发送时要通知对方、还要等回音的那几种，发得越少越吃亏。GPU 上谁快谁慢，由线路说了算；
 # 有人用 `nanopd bench transfer` 录过，这里才有数据，图上方那一行写着是谁的。
@@ -368,7 +368,7 @@ widgets.ClusterTimeline(histories)
 # **In how many places will the client's 60 tokens differ from those of an undisturbed run? And how many of the 700 tokens
 # of the prompt does P0 run again?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="1905e8ac"
 # 读的 Worker 下面，带斜纹的条是**一边读一边**发走的提示；只有红色的部分才真的费了谁的时间——如果你找得到的话。拖动鼠标可以放大看。
 # 各条泳道用的是同一个时钟，所以还能看到：别的提示没读完，写的一方就开始了。这种重叠，一个进程里是没有的。
 # （三个进程挤在更少的核上，仍然要互相等；各有各的 GPU 时就不用了。
@@ -421,7 +421,7 @@ for what, when in timeline.marks:
 # **Exercise 5.7.** Do the retry by hand. `tell`, `p0` and `d1` are as above; `written` is what the client has seen of its
 # one answer. Return the tokens that it has not seen yet.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="204381f6"
 # 不少，也不重。读的一方在自己的前缀缓存里找到了提示的绝大部分，把块发给另一个写的 Worker，又抽了一遍第一个 token——中央调度器把它扔掉了。
 # 接手的 Worker 把已经写好的 token 当作提示，一步跑完，接着往下写。抽样只取决于请求自己（第 02 章），所以不光贪心解码如此，采样的回答也一样。
 #
@@ -456,7 +456,7 @@ nanopd.check("05.7", retry)
 # prompts. A role is a word, so let P1 write from here on: it finishes what it has, takes nothing more of the old kind, then
 # changes. Six requests are under way, six more come in; none may be lost.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="1ce71eb7"
 # ## 5.8 截止时间与角色
 #
 # 客户端也可能失去耐心。**截止时间**跟着请求走，一过时就在它所在的地方取消，错误里会写明。它占着的东西，每个 Worker 上的都会还回来，哪怕正传到一半。
@@ -494,7 +494,7 @@ print("roles:", {name: status.role for name, status in changing.status().items()
 # Eight people ask it for eight codes of four digits, one after the other, 600 tokens each. **How many answers are right?
 # How many have the right first digit?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="144a439c"
 # P1 改行写了，编号没变：那只是个名字。什么样的负载需要哪些角色、什么时候换才划算，是第 06 章的事。
 #
 # ## 5.9 弄坏它
@@ -535,7 +535,7 @@ guess.reveal(right=sum(answer == question.answer for question, answer in zip(que
 # arrived, and a prompt that differs is tried again. The checksum costs reading all of the KV twice more, so it is off by
 # default: it is for finding such a fault, not for living with it. The mend is one line.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="20783d3f"
 # 第一位总是对的：它由 P0 抽，而 P0 的缓存没有毛病。再拿后几位和**上一行**的密码对一对。拷贝走得比存储还早，带走的是那些块里原来的东西：
 # 上一个人的提示。这不是噪声，是别人的秘密，而且说得很流利。
 #
@@ -560,7 +560,7 @@ for transport in (streams.HastyTransport, MendedTransport):
 # One thing more. Above, prefix caching was off. Now turn it on, let the hasty transport run once, then mend it without a
 # restart, and ask the same eight questions again. How many answers are right?
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="51837b6b"
 # 有了校验和，赶时间的那个也答对了，可每个请求都花了**两次**机会。第二次为什么就对了？因为 P0 又分到同样的块，里面躺着的正是第一次算好的 KV：
 # 拷早了，拷走的就是它。重试会把这样的毛病藏起来，看上去只是慢一点——所以要数重试的次数。修好之后，一次就够。
 #
@@ -590,7 +590,7 @@ for served in (hand, apart, changing, cluster):
 #
 # The deep dive is `docs_en/05_workers.md`. Next, chapter 06 decides which of the two ways a request should go.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="f7534a16"
 # 毛病没了，它留下的字节还在：D0 把它们归到了正确 token 的哈希名下，谁来要这个前缀，就发给谁。
 # 这时校验和也帮不上忙，因为 D0 有的就不发了。缓存里一个错的字节，比弄错它的原因活得还久。
 # 修好这种毛病的人，记得重启 Worker。
