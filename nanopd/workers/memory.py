@@ -72,17 +72,19 @@ def _map(descriptor: int, size: int) -> Tensor:
 
 
 class Pinned:
-    """Makes host memory such that a GPU copies from and to it on its own, until closed."""
+    """Makes host memory such that a GPU copies from and to it on its own, until closed. Raises TransferError."""
 
     def __init__(self, data: Tensor, device: torch.device) -> None:
         self._data = data
         self._device = device
         with torch.cuda.device(device):
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0)))
+            error = int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0))
+        if error:
+            raise TransferError(f"{data.nbytes} bytes of host memory can't be pinned: CUDA error {error}")
 
     def close(self) -> None:
         with torch.cuda.device(self._device):
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr())))
+            torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr())
 
 
 # -------------------------------------------------------------------------------------------------------- a GPU's
@@ -127,10 +129,13 @@ class MappedDeviceMemory:
         with _context(device):
             _call("cuIpcOpenMemHandle_v2", ctypes.byref(self._base), handle, ctypes.c_uint(LAZY_PEER_ACCESS))
         pointer = self._base.value + memory.offset
-        self.data = torch.as_tensor(_ArrayInterface(pointer, memory.size), device=device)
-        if self.data.data_ptr() != pointer:
+        try:
+            self.data = torch.as_tensor(_ArrayInterface(pointer, memory.size), device=device)
+            if self.data.data_ptr() != pointer:
+                raise ValueError("it makes a copy")
+        except (RuntimeError, ValueError) as error:
             self.close()
-            raise TransferError("torch copied the memory mapped from another process: this torch can't use it in place")
+            raise TransferError(f"torch can't use another process's GPU memory in place: {error}") from error
 
     def close(self) -> None:
         """Unmap. No kernel may use it any more."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor
 
@@ -69,15 +71,15 @@ class PinnedRelayTransport(TwoSidedTransport):
     def __init__(self, source: KVCache, door: Door, source_id: str, destination_id: str) -> None:
         """Raises TransferError where the other side does not let us in."""
         slot_bytes = slot_bytes_for(source)
-        self._shared = SharedMemory(SLOTS * slot_bytes)
-        self._ring = Ring(self._shared.data, source)
-        try:
+        with ExitStack() as undo:
+            self._shared = SharedMemory(SLOTS * slot_bytes)
+            undo.callback(self._shared.close)
+            self._ring = Ring(self._shared.data, source)
+            undo.callback(self._ring.close)
             hello = Hello(source_id, destination_id, self.name, slot_bytes, self._shared.address)
             connection = knock(door, hello)
             await_welcome(connection, hello)
-        except BaseException:
-            self._release()
-            raise
+            undo.pop_all()
         super().__init__(source, connection, slot_bytes)
 
     def _load(self, piece: Piece, slot: int) -> torch.cuda.Event | None:
