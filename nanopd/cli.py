@@ -113,7 +113,7 @@ def generate(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
              add_help_option=False)
 def bench(context: typer.Context) -> None:
-    """Measure kernels, decode, prefill, scheduler or serve, and record what was found: bench BENCHMARK --help."""
+    """Measure kernels, decode, prefill, serve, scheduler, transfer or cluster, and record it: bench BENCHMARK --help."""
     from nanopd.benchmark.command import main as run
 
     raise typer.Exit(run(context.args))

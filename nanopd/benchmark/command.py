@@ -200,16 +200,16 @@ def _scheduler(options: argparse.Namespace) -> Found:
 
 def _transfer(options: argparse.Namespace) -> Found:
     _require_two_gpus("transfer", options.device)
-    from nanopd.benchmark import transfer
+    from nanopd.benchmark import transfers
 
-    return Found(*transfer.run(transfer.CASES[options.device]), [SENT], on_cpu=options.device == "cpu")
+    return Found(*transfers.run(transfers.CASES[options.device]), [SENT], on_cpu=options.device == "cpu")
 
 
 def _cluster(options: argparse.Namespace) -> Found:
     _require_two_gpus("cluster", options.device)
-    from nanopd.benchmark import cluster
+    from nanopd.benchmark import clusters
 
-    rows, summary = cluster.run(cluster.CASES[options.device])
+    rows, summary = clusters.run(clusters.CASES[options.device])
     return Found({}, rows, summary, [STEPS], on_cpu=options.device == "cpu")
 
 

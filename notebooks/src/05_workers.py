@@ -236,8 +236,8 @@ guess.reveal(blocks, len(send_prompt(512, 512)[1]), sent.num_bytes // p0.cache.b
 
 # %% [markdown] lang="en"
 # Eight instead of seven: block 2 goes twice. Chunks that are a multiple of the block size cost nothing extra. A long chunk
-# travels **layer by layer**, so that all but the last layer hides behind computing. A short one goes in one piece: its
-# layers take so little time that five calls would cost more than they hide (the three lines above: all layers at once).
+# travels **layer by layer**, so that all but the last layer hides behind computing. Of a short one
+# several layers go together (the three lines above: all five), for one layer takes less time to travel than to launch.
 #
 # And one block of 44: the last, which is not full, and only full blocks can be found by hash. The two caches are two: P0
 # knows prompts, D0 knows prompts **and answers**. In a conversation the next prompt holds the last answer, and P0 has to
@@ -247,9 +247,9 @@ guess.reveal(blocks, len(send_prompt(512, 512)[1]), sent.num_bytes // p0.cache.b
 # `num_new` to the `num_cached` before it. `num_sent` may be ahead of the chunk: D0 had more of the prompt in its prefix
 # cache than P0 has read, or P0 was preempted and reads it again.
 
-# %% [markdown] lang="zh" en_hash="73545113"
+# %% [markdown] lang="zh" en_hash="157cb8c8"
 # 是八个，不是七个：块 2 发了两次。分块若是块大小的整数倍，就没有这份额外的开销。长分块**逐层**发送，除了最后一层，都藏在计算后面；
-# 短分块一次发完（上面那三行就是：所有层一起走），它每一层的时间太短，调用五次的代价比能藏住的还多。
+# 短分块攒几层一起发（上面那三行就是：五层一起走），因为单独一层在路上的时间还不如启动一次拷贝长。
 #
 # 44 个块只发一个：最后那个，因为它没满，而只有满块才能按哈希找到。要注意缓存有两份：P0 认得提示，D0 认得提示**和回答**。多轮对话里，
 # 下一轮的提示带着上一轮的回答，D0 明明有，P0 还得再读一遍。混部就没有这回事。

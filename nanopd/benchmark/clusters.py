@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from nanopd.benchmark.serving import random_prompt
@@ -241,7 +242,7 @@ def _decode_periods(client: Client, case: Case, mode: str, streaming: bool) -> t
 
 
 def _periods(steps: list[StepRecord], end: float, decodes: int) -> list[float]:
-    return [_end(step) - _end(before) for before, step in zip(steps, steps[1:])
+    return [_end(step) - _end(before) for before, step in pairwise(steps)
             if _end(step) <= end and len(_rows(step, "decode")) >= decodes]
 
 
@@ -319,4 +320,6 @@ def _end(step: StepRecord) -> float:
 
 def _quantile(values: list[float], share: float) -> float:
     """The least value that so large a share of them does not exceed."""
+    if not values:
+        raise RuntimeError("no step held all of the decodes: measure for longer, or fewer decodes")
     return sorted(values)[math.ceil(share * len(values)) - 1]
