@@ -7,7 +7,7 @@ namespace nanopd {
 namespace {
 
 constexpr int threads = 256;
-constexpr int loads = 4;           // that each lane has in flight
+constexpr int loads = 8;           // that each lane has in flight
 constexpr int piece = 32 * loads;  // units that a warp moves at a time
 
 struct MoveArguments {
@@ -56,6 +56,11 @@ cudaError_t launch_move_blocks(MoveArguments arguments, int planes, int max_thre
     const int64_t wanted = (arguments.pieces + threads / 32 - 1) / (threads / 32);
     const int most = max_thread_blocks > 0 ? max_thread_blocks : 8 * multiprocessor_count();
     const int grid = static_cast<int>(std::min<int64_t>(wanted, most));
+    // A multiprocessor divides its memory anew only when it is empty. Had this kernel it divide for L1, a matrix product
+    // beside it would have to wait for this one's end.
+    const cudaError_t error = cudaFuncSetAttribute(
+        move_blocks_kernel<Unit>, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) return error;
     return launch(move_blocks_kernel<Unit>, grid, threads, 0, stream, arguments);
 }
 

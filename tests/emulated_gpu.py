@@ -9,6 +9,7 @@ outputs, which is what a replay does.
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +146,7 @@ def emulate(monkeypatch, counts: dict[str, int]) -> None:
     monkeypatch.setattr(cuda, "usable", lambda x: True)
     monkeypatch.setattr(cuda, "linear_supports", lambda x, weight, silu=False: len(x) <= FEW_TOKENS)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(DecodeGraph, "record", staticmethod(record))
     monkeypatch.setattr(cuda_runner, "pinned_bytes", lambda size: torch.zeros(size, dtype=torch.uint8))

@@ -48,7 +48,8 @@ class CudaRunner(ModelRunner):
         self.last_drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
         self.graphs: dict[int, DecodeGraph] = {}
         if not enforce_eager and cuda.supports_attention(cache.layer(0)[0]):  # plain torch computes on the host too
-            self._record_graphs(max_num_seqs)
+            with torch.cuda.device(self.device):
+                self._record_graphs(max_num_seqs)
 
     def execute(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
         return self.launch(plan, on_layer)()
@@ -56,6 +57,10 @@ class CudaRunner(ModelRunner):
     @torch.inference_mode()
     def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Callable[[], StepResult]:
         """Queue a step. The function returned waits for it and gives its result; `duration` is the GPU's time."""
+        with torch.cuda.device(self.device):  # events and streams are otherwise the current one's
+            return self._launch(plan, on_layer)
+
+    def _launch(self, plan: StepPlan, on_layer: OnLayer | None) -> Callable[[], StepResult]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         self.cache.copy_blocks(plan.copies)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import count
@@ -28,6 +29,7 @@ from nanopd.engine.limits import Limits
 from nanopd.messages import (
     Cancel,
     Corrupted,
+    FromWorker,
     Granted,
     Lost,
     Prefill,
@@ -73,6 +75,7 @@ class CentralScheduler:
         self._lines: dict[str, list[Entry]] = {mode: [] for mode in MODES}  # queued or reserving, by ticket
         self._deadlines: list[tuple[float, str]] = []  # a heap; of requests that may have ended
         self._tickets = count()
+        self._said: deque[tuple[str, FromWorker]] = deque()
         self._events: list[TokenEvent] = []
         self._handlers: dict[type, Callable] = {
             Tokens: self._on_tokens, Granted: self._on_granted, Refused: self._on_refused, Prefilled: self._on_prefilled,
@@ -130,19 +133,19 @@ class CentralScheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._entries)
+        """Whether requests are open, or have an end that was not told yet."""
+        return bool(self._entries or self._events)
 
     def cancel(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
         """End a request, or one of the answers it has begun, wherever it is. What it held on workers is given back.
 
-        A beam search has no answers until it is over, so it ends as a whole or not at all.
+        A beam search has no answers until it is over, so it ends as a whole or not at all. Returns what is new of the
+        request: after its end nothing more comes.
         """
         entry = self._entries.get(request_id)
-        if entry is None:
-            return []
-        if index is None:
+        if entry is not None and index is None:
             self._end(entry, FinishReason.ABORT)
-        elif index in entry.answers and entry.answers[index].token_ids:
+        elif entry is not None and index in entry.answers and entry.answers[index].token_ids:
             self._cancel_answer(entry, index)
         self._settle()
         events = [event for event in self._events if event.request_id == request_id]
@@ -215,7 +218,9 @@ class CentralScheduler:
     # ----------------------------------------------------------------------------------------- taking in
 
     def _poll(self, timeout: float) -> None:
-        for worker_id, message in self.fleet.poll(timeout):
+        self._said.extend(self.fleet.poll(timeout))
+        while self._said:  # an interrupt (Ctrl-C) must not lose what others have said
+            worker_id, message = self._said.popleft()
             self._handlers[type(message)](worker_id, message)
 
     def _settle(self) -> None:
@@ -323,7 +328,7 @@ class CentralScheduler:
             entry = self._entries.get(request_id)
             if entry is not None and entry.request.deadline == deadline:
                 seconds = deadline - entry.request.arrival_time
-                self._end(entry, FinishReason.ERROR, f"timed out after {seconds:.3g} s (deadline given at submission)")
+                self._end(entry, FinishReason.ERROR, f"timed out after {seconds:g} s (deadline given at submission)")
 
     def _until_deadline(self, timeout: float) -> float:
         """Seconds to wait: no longer than `timeout`, nor past the next deadline."""

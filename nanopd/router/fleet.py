@@ -23,7 +23,7 @@ class Executor(Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether workers go on, if they have anything to do, without `poll` being called."""
+        """Whether `poll` has nothing to carry on: no worker has work, or they carry on by themselves."""
 
 
 @dataclass

@@ -8,9 +8,11 @@ from typing import Any
 _PANELS: dict[str, str] = {
     "BatchTimeline": "batch_timeline",
     "BlockMap": "block_map",
+    "ClusterTimeline": "cluster_timeline",
     "KernelExplorer": "kernel_explorer",
     "KernelTimes": "kernel_times",
     "Roofline": "roofline",
+    "TransferTimes": "transfer_times",
 }  # class name -> module in this package
 
 

@@ -242,6 +242,42 @@ STRINGS: dict[str, tuple[str, str]] = {
         "not run: this machine has no GPU with nvcc, and this kernel was not recorded elsewhere",
         "没有运行：这台机器没有带 nvcc 的 GPU，这个内核也没有在别处录过",
     ),
+    # cluster timeline
+    "cluster.prefill": ("prefill", "预填充"),
+    "cluster.decode": ("decode (pale)", "解码（浅色）"),
+    "cluster.transfer": ("transfer, hidden behind computation", "传输（被计算盖住）"),
+    "cluster.exposed": ("transfer, exposed", "传输（露在外面）"),
+    "cluster.lane_compute": ("steps", "步"),
+    "cluster.lane_transfers": ("transfers", "传输"),
+    "cluster.time_axis": ("ms; a colour for each request", "毫秒；一种颜色一个请求"),
+    "cluster.start": ("Nothing has happened yet.", "还什么都没发生。"),
+    "cluster.empty": ("The histories are empty: serve something first.", "历史记录是空的：先处理几个请求。"),
+    "cluster.step_was": (
+        "{worker} at {at} ms: a step of {ms} ms; prefill {chunks} ({chunk_tokens} tokens), decode {decodes}",
+        "{worker}，第 {at} 毫秒：走了一步，用时 {ms} 毫秒；预填充 {chunks} 条（{chunk_tokens} 个 token），解码 {decodes} 条",
+    ),
+    "cluster.transfer_was": (
+        "{worker} at {at} ms: request {request} leaves for {destination} ({transport}); {tokens} tokens, {kb} KB, {ms} ms, "
+        "of which {exposed} ms exposed",
+        "{worker}，第 {at} 毫秒：请求 {request} 的 KV 发往 {destination}（{transport}）；{tokens} 个 token，{kb} KB，"
+        "共 {ms} 毫秒，其中 {exposed} 毫秒露在外面",
+    ),
+    "cluster.row_was": (
+        "<b>{request}</b> · {kind}<br>{new} new tokens after {cached} in the cache<br>step {step}, {ms} ms",
+        "<b>{request}</b> · {kind}<br>缓存中已有 {cached} 个 token，新算 {new} 个<br>第 {step} 步，{ms} 毫秒",
+    ),
+    "cluster.transfer_tip": (
+        "<b>{request}</b> → {destination}<br>{tokens} tokens by {transport}, {exposed} ms exposed",
+        "<b>{request}</b> → {destination}<br>{tokens} 个 token，方式 {transport}，露在外面 {exposed} 毫秒",
+    ),
+    # transfer times
+    "transfers.measured": (
+        "measured on this machine's CPU, both ends in one process: {transports}",
+        "在这台机器的 CPU 上实测，收发两端在同一个进程里：{transports}",
+    ),
+    "transfers.by_layer": ("{transport}, layer by layer", "{transport}，逐层"),
+    "transfers.blocks_axis": ("blocks sent at once", "一次发送的块数"),
+    "transfers.rate_axis": ("GB/s", "GB/s"),
     # batch timeline
     "timeline.prefill": ("prefill", "预填充"),
     "timeline.decode": ("decode", "解码"),

@@ -27,7 +27,7 @@ from nanopd.block_manager.cache import KVCache
 from nanopd.workers.transfer import Ticket, TransferError
 
 SLOTS = 8
-SLOT_BYTES = 2**23
+SLOT_BYTES = 2**24
 ANSWER_TIME = 10.0  # seconds that the other side has for its part of the greeting
 PAUSE = 1e-4  # seconds between two looks at copies on their way
 

@@ -67,6 +67,16 @@ def test_gpu_equals_cpu_in_every_mode() -> None:
     assert on_gpu["preempted"].engine.scheduler.num_preemptions > 0
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one() -> None:
+    prompts = [recall_prompt(seed, 200, "en").prompt for seed in range(4)]
+    greedy = SamplingParams(temperature=0, max_tokens=12)
+    first, second = (tokens(LLM("tiny", device=device, dtype="float32").generate(prompts, greedy, use_tqdm=False))
+                     for device in ("cuda:0", "cuda:1"))
+    assert torch.cuda.current_device() == 0
+    assert first == second
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_graphs_change_nothing(dtype) -> None:
     """Batches that grow and shrink through many graph sizes, rows of padding included; with and without stop tokens.

@@ -9,8 +9,8 @@ SCRIPT = """
 import sys
 import nanopd.widgets
 assert not {"plotly", "ipywidgets", "torch"} & set(sys.modules), "import nanopd.widgets is not cheap"
-assert {"BlockMap", "BatchTimeline", "KernelExplorer", "Roofline"} <= set(dir(nanopd.widgets))
-from nanopd.widgets import BatchTimeline, BlockMap, KernelExplorer, KernelTimes, Roofline
+assert {"BlockMap", "BatchTimeline", "ClusterTimeline", "KernelExplorer", "Roofline", "TransferTimes"} <= set(dir(nanopd.widgets))
+from nanopd.widgets import BatchTimeline, BlockMap, ClusterTimeline, KernelExplorer, KernelTimes, Roofline, TransferTimes
 assert "torch" not in sys.modules
 """
 
