@@ -102,6 +102,10 @@ def test_steps_are_told_by_a_clock_that_all_share(pipeline):
     end = time.monotonic()
     latest = [record.steps[-1].start for record in pipeline.history().values()]
     assert sum(start < moment < end for moment in latest) == 2  # one P and one D had something to do
+    lately = pipeline.history(start)
+    assert sum(bool(history.steps) for history in lately.values()) == 2
+    assert sum(len(history.transfers) for history in lately.values()) == 1
+    assert not any(history.steps or history.transfers for history in pipeline.history(end).values())
 
 
 def test_an_idle_cluster_rests(cluster):
