@@ -32,6 +32,7 @@ from nanopd.workers.transfer import TransferError, Transport
 from nanopd.workers.wire import Wire, wait_for_room
 from nanopd.workers.worker import Worker
 
+PATIENCE = 0.005  # seconds to wait for the last layers of a prompt just computed, rather than a whole step
 NOTHING_RAN = 0.005  # seconds until a worker whose requests all wait for blocks looks again
 
 
@@ -160,12 +161,21 @@ class Host:
         """Returns whether there was anything to do, other than to wait for blocks."""
         steps_before = worker.engine.num_steps
         worker.step()
-        messages, said_something = list(worker.outbox), bool(worker.outbox)
+        said_something = self._pass_on(worker, wire)  # first tokens need not wait for the last layers
+        if worker.transfers:
+            worker.finish_transfers(PATIENCE)
+            said_something |= self._pass_on(worker, wire)
+        return said_something or worker.engine.num_steps > steps_before or bool(worker.transfers)
+
+    @staticmethod
+    def _pass_on(worker: Worker, wire: Wire) -> bool:
+        """Say what is in the outbox. Returns whether there was anything."""
+        messages = list(worker.outbox)
         worker.outbox.clear()
         _raise_if_broken(messages)
-        if said_something:
+        if messages:
             _say(wire, [(worker.worker_id, message) for message in messages])
-        return said_something or worker.engine.num_steps > steps_before or bool(worker.transfers)
+        return bool(messages)
 
 
 def _raise_if_broken(messages: list[FromWorker]) -> None:

@@ -42,7 +42,6 @@ from nanopd.workers.checksum import checksum
 from nanopd.workers.transfer import Transfer, TransferError, Transport
 
 TRANSFERS_KEPT = 4096
-PATIENCE = 0.005  # seconds to wait for the last layers of a prompt just computed, rather than a whole step
 
 
 class Worker:
@@ -93,7 +92,7 @@ class Worker:
             message = self.inbox.popleft()
             self._handlers[type(message)](message)
         self._emit(self.engine.step())
-        self._finish_transfers()
+        self.finish_transfers()
 
     def status(self) -> Status:
         """How the worker is doing."""
@@ -183,14 +182,15 @@ class Worker:
             if transfer is not None:
                 transfer.send_layer(row, layer)
 
-    def _finish_transfers(self) -> None:
-        """Report the prompts that are done and arrived, and let their blocks here go.
+    def finish_transfers(self, patience: float = 0.0) -> None:
+        """Report the prompts that are done and arrived, and let their blocks here go. Waits for those that are done and on
+        their way at most `patience` seconds in all.
 
         Also requests that ended here, by their first token, a fault or a cancel: they leave leases to be given back, as
         soon as nobody writes there any more.
         """
         now = time.monotonic()
-        deadline = now + PATIENCE
+        deadline = now + patience
         for request_id, transfer in list(self.transfers.items()):
             handed_off = request_id in self.engine.scheduler.handed_off
             if not handed_off and self.engine.scheduler.find(request_id) is not None:
