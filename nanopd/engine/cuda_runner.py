@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 
 import torch
@@ -156,7 +156,7 @@ class DecodeGraph:
                 step()  # libraries choose and allocate at their first call, which a recording must not contain
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
+                with torch.cuda.graph(graph, pool=pool, stream=_recording_stream(torch.cuda.current_device())):
                     logits, draws = step()
         finally:
             torch.backends.cuda.preferred_blas_library(before)
@@ -176,6 +176,12 @@ class DecodeGraph:
     @property
     def size(self) -> int:
         return len(self.logits)
+
+
+@cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """For all graphs of a GPU, which share memory for it. torch would take one that belongs to the first GPU it met."""
+    return torch.cuda.Stream(device)
 
 
 class DecodeInputs:

@@ -201,7 +201,8 @@ def test_move_blocks(planes, blocks, block_size, kv_heads, head_dim, dtype, seed
 
 @pytest.mark.parametrize("max_thread_blocks", [1, 3, 10**6])
 def test_move_blocks_on_a_few_thread_blocks(max_thread_blocks) -> None:
-    source, target = normal(2, 50, 16, 2, 64), poisoned(2, 60, 16, 2, 64)
+    source = normal(2, 50, 16, 2, 64)
+    target = poisoned(2, 60, 16, 2, 64, dtype=source.dtype)
     source_ids, target_ids = permutation(50, 1)[:40], permutation(60, 2)[:40]
     cuda.move_blocks(target, target_ids, source, source_ids, max_thread_blocks)
     assert torch.equal(target[:, target_ids], source[:, source_ids])
