@@ -8,7 +8,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize(("lang", "hidden", "measured"), [
-    ("en", "hidden behind computation", "measured here"), ("zh", "被计算盖住", "本机实测")])
+    ("en", "hidden behind computation", "measured here"),
+    pytest.param("zh", "被计算盖住", "本机实测", marks=pytest.mark.nightly)])
 def test_the_timeline_and_the_times_of_transfers_answer(open_notebook, lang, hidden, measured):
     notebook = open_notebook(f"solutions/{lang}/05_workers.ipynb")
     notebook.run_all()

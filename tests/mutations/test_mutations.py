@@ -21,7 +21,7 @@ from nanopd.block_manager.manager import BlockSpaceManager
 from nanopd.block_manager.pool import BlockPool
 from nanopd.engine.scheduler import Scheduler
 from nanopd.models import layers
-from nanopd.workers.transfer import LocalTransport, Transfer
+from nanopd.workers.transfer import Arrived, LocalTransport, Transfer
 
 
 def check_tokens(reference, mode):
@@ -115,7 +115,13 @@ def forget_to_free_a_sequence(monkeypatch):
 def skip_a_layer(monkeypatch):
     """One layer of the KV does not travel."""
     send = LocalTransport.send
-    monkeypatch.setattr(LocalTransport, "send", lambda self, layer, *blocks: layer == 1 or send(self, layer, *blocks))
+
+    def send_others(self, layers, *blocks):
+        for layer in set(layers) - {1}:
+            send(self, range(layer, layer + 1), *blocks)
+        return Arrived()
+
+    monkeypatch.setattr(LocalTransport, "send", send_others)
 
 
 def send_half_full_blocks_once(monkeypatch):

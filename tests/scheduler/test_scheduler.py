@@ -476,7 +476,7 @@ def adopted(bench, length, n, firsts):
         bench.runner.cache.layers[0][slot] = key_of(request.prompt_token_ids[: position + 1], 0)
     bench.ledger.add(request)
     tokens = {index: expected_answer(request, index, 64)[0][0] for index in range(n)}
-    group = SequenceGroup.resume(request, [(index, tokens[index], -1.0) for index in firsts])
+    group = SequenceGroup.resume(request, [(index, [tokens[index]], [-1.0]) for index in firsts])
     bench.scheduler.adopt(group, lease)
     bench.manager.release_lease(lease, "writer")
     for index in range(n):
