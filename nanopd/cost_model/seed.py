@@ -21,21 +21,17 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from nanopd.cost_model.errors import CostModelError
+from nanopd.cost_model.checks import Checked, CostModelError
 
 PRESETS = Path(__file__).parent / "presets" / "seed"
 
 
 @dataclass(frozen=True)
-class SeedModel:
-    """The five parameters and the size of a token's keys and values, in the units of their publication.
-
-    Raises:
-        CostModelError: a parameter is not a number above 0.
-    """
+class SeedModel(Checked):
+    """The five parameters and the size of a token's keys and values, in the units of their publication."""
 
     alpha_ms_per_token: float  # prefill
     beta_ms: float  # a decode step of at most batch_thresh sequences
@@ -43,12 +39,6 @@ class SeedModel:
     gamma_ms_per_token: float  # what a prompt's token costs those that decode beside it
     bandwidth_gb_s: float  # 1e9 bytes a second
     bytes_per_token: float
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise CostModelError(f"{each.name} must be a number above 0, got {value!r}")
 
     # What each term takes, in seconds.
 

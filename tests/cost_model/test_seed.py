@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopd.cost_model.errors import CostModelError
+from nanopd.cost_model.checks import CostModelError
 from nanopd.cost_model.seed import SeedModel, seed_preset, seed_preset_names
 
 positive = st.floats(1e-3, 1e3)
