@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from nanopd.cost_model.checks import Checked, CostModelError
 
@@ -145,16 +145,14 @@ class TransferCost(Parameters):
 # ------------------------------------------------------------------------------------------------- the model
 
 
-@dataclass(frozen=True, slots=True)
-class Delay:
-    """By how much a request holds up each sequence that decodes on its worker, in seconds over its whole stay."""
+class RequestCost(NamedTuple):
+    """What a request takes on a worker, and by how much it holds up each sequence that decodes there; seconds over its
+    whole stay."""
 
     prefill_seconds: float
     decode_seconds: float
-
-    @property
-    def seconds(self) -> float:
-        return self.prefill_seconds + self.decode_seconds
+    delay_by_prefill_seconds: float
+    delay_by_decode_seconds: float
 
 
 @dataclass(frozen=True)
@@ -177,43 +175,42 @@ class CostModel:
 
     def step_seconds(self, work: StepWork) -> float:
         """One step. More work never takes less time."""
-        if work.prompt_tokens == 0:
-            return self.decode.seconds(work.decodes, work.context_tokens) if work.decodes else 0.0
-        tokens = work.prompt_tokens + work.decodes
-        seconds = self.prefill.seconds(tokens, work.pairs)
-        if work.decodes == 0:
+        return self._step_seconds(work.prompt_tokens, work.pairs, work.decodes, work.context_tokens)
+
+    def _step_seconds(self, prompt_tokens: float, pairs: float, decodes: float, context_tokens: float) -> float:
+        if not prompt_tokens:
+            return self.decode.seconds(decodes, context_tokens) if decodes else 0.0
+        seconds = self.prefill.seconds(prompt_tokens + decodes, pairs)
+        if not decodes:
             return seconds
         # What is fitted to few rows may say that a prompt speeds decodes up.
-        return max(seconds + self.mixed.seconds(work.context_tokens),
-                   self.decode.seconds(work.decodes, work.context_tokens))
+        return max(seconds + self.mixed.seconds(context_tokens), self.decode.seconds(decodes, context_tokens))
 
-    # A request among others. `running`: what the worker's steps hold without it, as a rule its decodes.
+    def request(self, new_tokens: int, cached_tokens: int, output_tokens: float, running: StepWork = NOTHING,
+                chunk_tokens: int | None = None) -> RequestCost:
+        """A request beside what is running, the queue before it left out.
 
-    def prefill_seconds(self, new_tokens: int, cached_tokens: int = 0, chunk_tokens: int | None = None,
-                        running: StepWork = NOTHING) -> float:
-        """From a prompt's first step to the end of its last one, beside what is running.
-
-        `cached_tokens` of the prompt need not be computed. A step takes at most `chunk_tokens` of it; None: all.
+        Args:
+            new_tokens: of its prompt that are to be computed here; 0 where another worker does that.
+            cached_tokens: of its prompt that are there.
+            output_tokens: steps that it decodes, so one less than its answer has: the prompt's last step gives the first.
+            running: the steps of the worker without it, as a rule its decodes. Their contexts are taken to stay as they
+                are: where some grow, others end.
+            chunk_tokens: of its prompt in a step at most; None: all.
         """
-        return sum(self.step_seconds(running + chunk) for chunk in chunks(new_tokens, cached_tokens, chunk_tokens))
-
-    def decode_seconds(self, context_tokens: int, output_tokens: float, running: StepWork = NOTHING) -> float:
-        """`output_tokens` steps that begin with a context of so many tokens. The others' contexts stay as they are:
-        where some grow, others end."""
-        # A step's time is linear in the context, so that the mean context gives the mean step.
-        own = StepWork(decodes=1, context_tokens=context_tokens + (output_tokens + 1) / 2)
-        return output_tokens * self.step_seconds(running + own)
-
-    def delay(self, running: StepWork, new_tokens: int, cached_tokens: int, output_tokens: float,
-              chunk_tokens: int | None = None) -> Delay:
-        """What a request costs each of those that run: its chunks in their steps, then its decodes. With new_tokens 0 its
-        prompt is computed elsewhere."""
-        if running.decodes == 0:
-            return Delay(0.0, 0.0)
         alone = self.step_seconds(running)
-        prefill = sum(self.step_seconds(running + chunk) - alone for chunk in chunks(new_tokens, cached_tokens, chunk_tokens))
-        decode = self.decode_seconds(new_tokens + cached_tokens, output_tokens, running) - output_tokens * alone
-        return Delay(prefill, decode)
+        prefill, steps = 0.0, 0
+        for count, chunk, pairs in chunks(new_tokens, cached_tokens, chunk_tokens):
+            steps += count
+            prefill += count * self._step_seconds(running.prompt_tokens + chunk, running.pairs + pairs,
+                                                  running.decodes, running.context_tokens)
+        # A step's time is linear in the context, so that the mean context gives the mean step.
+        context = new_tokens + cached_tokens + (output_tokens + 1) / 2
+        decode = output_tokens * self._step_seconds(running.prompt_tokens, running.pairs, running.decodes + 1,
+                                                    running.context_tokens + context)
+        if not running.decodes:
+            return RequestCost(prefill, decode, 0.0, 0.0)
+        return RequestCost(prefill, decode, prefill - steps * alone, decode - output_tokens * alone)
 
     def transfer(self, source: str, destination: str, transport: str | None = None) -> TransferCost:
         """The transfers' constants between two devices. A pair that was not measured is taken to be as slow as the
@@ -237,7 +234,13 @@ class CostModel:
                                     num_chunks * self.shape.num_layers)
 
 
-def chunks(new_tokens: int, cached_tokens: int = 0, chunk_tokens: int | None = None) -> list[StepWork]:
-    """The parts of a prompt, a step each."""
-    size = chunk_tokens or max(new_tokens, 1)
-    return [StepWork.chunk(min(size, new_tokens - done), cached_tokens + done) for done in range(0, new_tokens, size)]
+def chunks(new_tokens: int, cached_tokens: int = 0, chunk_tokens: int | None = None) -> list[tuple[int, int, float]]:
+    """The steps of a prompt as (how many, tokens, pairs): the full ones, with the mean of their pairs, and the last."""
+    if not new_tokens:
+        return []
+    size = min(chunk_tokens or new_tokens, new_tokens)
+    full, rest = divmod(new_tokens, size)
+    parts = [(full, size, attended_pairs(full * size, cached_tokens) / full)]
+    if rest:
+        parts.append((1, rest, attended_pairs(rest, cached_tokens + full * size)))
+    return parts

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from nanopd.cost_model.analytical import (
     CostModel,
     DecodeCost,
-    Delay,
     MixedCost,
     PrefillCost,
     Shape,
@@ -56,9 +55,9 @@ def test_monotone_in_batch_and_context(model, batch, context, more_sequences, mo
 
 @given(cost_models, st.integers(1, 8192), st.integers(0, 8192), st.integers(1, 512))
 def test_monotone_in_tokens_and_prefix(model, new, cached, more):
-    seconds = model.prefill_seconds(new, cached)
-    assert model.prefill_seconds(new + more, cached) * SLACK >= seconds
-    assert model.prefill_seconds(new, cached + more) * SLACK >= seconds
+    seconds = model.step_seconds(StepWork.chunk(new, cached))
+    assert model.step_seconds(StepWork.chunk(new + more, cached)) * SLACK >= seconds
+    assert model.step_seconds(StepWork.chunk(new, cached + more)) * SLACK >= seconds
 
 
 def test_a_step_of_nothing_takes_no_time():
@@ -76,12 +75,13 @@ def test_pairs_are_what_causal_attention_looks_at(new, cached):
     assert attended_pairs(new, cached) == sum(cached + i + 1 for i in range(new))
 
 
-@given(st.integers(1, 5000), st.integers(0, 5000), st.integers(1, 700))
+@given(st.integers(0, 5000), st.integers(0, 5000), st.integers(1, 700))
 def test_chunks_make_up_the_prompt(new, cached, size):
     parts = chunks(new, cached, size)
-    assert len(parts) == -(-new // size)
-    assert sum(part.prompt_tokens for part in parts) == new
-    assert sum(part.pairs for part in parts) == attended_pairs(new, cached)
+    assert sum(count for count, _, _ in parts) == -(-new // size)
+    assert sum(count * tokens for count, tokens, _ in parts) == new
+    assert sum(count * pairs for count, _, pairs in parts) == pytest.approx(attended_pairs(new, cached))
+    assert all(0 < tokens <= size for _, tokens, _ in parts)
 
 
 def test_with_sharpness_one_the_floor_adds_and_with_much_the_larger_counts():
@@ -113,39 +113,45 @@ def test_a_prompt_never_speeds_decodes_up():
 # ------------------------------------------------------------------------------------- a request among others
 
 
-def test_prefill_in_chunks_is_the_sum_of_its_steps():
-    expected = PREFILL.seconds(512, attended_pairs(512, 100)) + PREFILL.seconds(88, attended_pairs(88, 612))
-    assert MODEL.prefill_seconds(600, 100, chunk_tokens=512) == pytest.approx(expected)
+@given(st.integers(1, 16_000), st.integers(0, 8000), st.sampled_from([64, 512, 2048]), st.sampled_from([0, 32]))
+def test_prefill_in_chunks_is_the_sum_of_its_steps(new, cached, size, decodes):
+    """Within what taking the full chunks for equal costs."""
+    running = StepWork(decodes=decodes, context_tokens=1000 * decodes)
+    steps = [MODEL.step_seconds(running + StepWork.chunk(min(size, new - done), cached + done)) for done in range(0, new, size)]
+    assert MODEL.request(new, cached, 0, running, size).prefill_seconds == pytest.approx(sum(steps), rel=0.01)
 
 
 def test_decoding_is_the_sum_of_its_steps():
     running = StepWork(decodes=10, context_tokens=9000)
     steps = [MODEL.step_seconds(running + StepWork(decodes=1, context_tokens=700 + i)) for i in range(1, 129)]
-    assert MODEL.decode_seconds(700, 128, running) == pytest.approx(sum(steps))
+    assert MODEL.request(500, 200, 128, running).decode_seconds == pytest.approx(sum(steps))
 
 
 def test_delay_is_what_each_of_the_others_loses():
     running = StepWork(decodes=64, context_tokens=64 * 1000)
     pure = MODEL.step_seconds(running)
-    delay = MODEL.delay(running, 2000, 48, output_tokens=100, chunk_tokens=500)
-    with_prompt = MODEL.prefill_seconds(2000, 48, 500, running) - 4 * pure
-    assert delay.prefill_seconds == pytest.approx(with_prompt)
-    assert delay.decode_seconds == pytest.approx(MODEL.decode_seconds(2048, 100, running) - 100 * pure)
-    assert delay.seconds == delay.prefill_seconds + delay.decode_seconds
-    elsewhere = MODEL.delay(running, 0, 2048, output_tokens=100)
-    assert elsewhere.prefill_seconds == 0
-    assert elsewhere.decode_seconds == pytest.approx(delay.decode_seconds)
+    cost = MODEL.request(2000, 48, 100, running, chunk_tokens=500)
+    assert cost.delay_by_prefill_seconds == pytest.approx(cost.prefill_seconds - 4 * pure)
+    assert cost.delay_by_decode_seconds == pytest.approx(cost.decode_seconds - 100 * pure)
+
+
+def test_a_prompt_that_is_computed_elsewhere_delays_by_its_decodes_alone():
+    running = StepWork(decodes=64, context_tokens=64 * 1000)
+    here, elsewhere = MODEL.request(2000, 48, 100, running), MODEL.request(0, 2048, 100, running)
+    assert elsewhere == (0, here.decode_seconds, 0, here.delay_by_decode_seconds)
 
 
 def test_where_nobody_decodes_nobody_waits():
-    assert MODEL.delay(StepWork(), 2000, 0, 100) == Delay(0, 0)
+    cost = MODEL.request(2000, 0, 100)
+    assert cost.prefill_seconds == MODEL.step_seconds(StepWork.chunk(2000))
+    assert cost.delay_by_prefill_seconds == cost.delay_by_decode_seconds == 0
 
 
 @given(cost_models, works, st.integers(1, 5000), st.integers(0, 500), st.integers(64, 2048))
 def test_a_delay_is_never_negative(model, running, new, output, chunk):
-    delay = model.delay(running, new, 0, output, chunk)
-    rounding = 1e-9 * (1 + output) * model.step_seconds(running + StepWork.chunk(new))
-    assert delay.prefill_seconds >= -rounding and delay.decode_seconds >= -rounding
+    cost = model.request(new, 0, output, running, chunk)
+    assert cost.delay_by_prefill_seconds >= -1e-9 * cost.prefill_seconds
+    assert cost.delay_by_decode_seconds >= -1e-9 * cost.decode_seconds
 
 
 # ---------------------------------------------------------------------------------------------- transfers

@@ -21,6 +21,6 @@ def test_importing_is_light(module):
 
 def test_predicting_needs_no_numpy_either():
     code = ("import sys; from nanopd.cost_model.seed import seed_preset; seed_preset('h20').collocated_seconds(9, 9, 9, 9); "
-            "sys.path.insert(0, 'tests'); from cost_model.models import MODEL; MODEL.prefill_seconds(5000, 9, 512); "
+            "sys.path.insert(0, 'tests'); from cost_model.models import MODEL; MODEL.request(5000, 9, 99, chunk_tokens=512); "
             "assert not {'numpy', 'scipy'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
