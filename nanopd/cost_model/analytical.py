@@ -77,7 +77,7 @@ NOTHING = StepWork()
 class Parameters(Checked):
     """Measured constants. Those that may be 0 can be too small to be seen."""
 
-    AT_LEAST: ClassVar = {"pair_seconds": 0, "context_token_seconds": 0, "extra_seconds": 0, "latency_seconds": 0, "sharpness": 1}
+    AT_LEAST: ClassVar = {"pair_seconds": 0, "context_token_seconds": 0, "latency_seconds": 0, "sharpness": 1}
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,21 @@ class DecodeCost(Parameters):
 
 @dataclass(frozen=True)
 class MixedCost(Parameters):
-    """What decodes add to a step with a prompt's tokens, besides being tokens of its pass."""
+    """What decodes add to a step with a prompt's tokens, besides each being one more token of its pass."""
+
+    AT_LEAST: ClassVar = {"extra_seconds": 0, "sequence_seconds": 0, "context_token_seconds": 0}
 
     extra_seconds: float
+    sequence_seconds: float
     context_token_seconds: float
 
-    def seconds(self, context_tokens: float) -> float:
-        return self.extra_seconds + context_tokens * self.context_token_seconds
+    def seconds(self, decodes: float, context_tokens: float) -> float:
+        return self.extra_seconds + decodes * self.sequence_seconds + context_tokens * self.context_token_seconds
+
+    @classmethod
+    def assumed(cls, prefill: PrefillCost, decode: DecodeCost) -> MixedCost:
+        """Where it was not measured: sequences and contexts take what they take in steps of decodes."""
+        return cls(0.0, max(0.0, decode.sequence_seconds - prefill.token_seconds), decode.context_token_seconds)
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,7 @@ class CostModel:
         if not decodes:
             return seconds
         # What is fitted to few rows may say that a prompt speeds decodes up.
-        return max(seconds + self.mixed.seconds(context_tokens), self.decode.seconds(decodes, context_tokens))
+        return max(seconds + self.mixed.seconds(decodes, context_tokens), self.decode.seconds(decodes, context_tokens))
 
     def request(self, new_tokens: int, cached_tokens: int, output_tokens: float, running: StepWork = NOTHING,
                 chunk_tokens: int | None = None) -> RequestCost:

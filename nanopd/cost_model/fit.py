@@ -85,7 +85,7 @@ def error_quantile(errors: Sequence[float], share: float) -> float:
 def fit(measurements: Measurements, shape: Shape) -> tuple[CostModel, tuple[Fit, ...]]:
     """A cost model and how well each of its parts is known.
 
-    Without mixed rows, decodes are taken to add to a prompt's step what their contexts add to a step of decodes.
+    Without mixed rows, decodes are taken to add to a prompt's step what they add to a step of decodes.
 
     Raises:
         CostModelError: rows are too few, or don't vary what they have to.
@@ -93,7 +93,7 @@ def fit(measurements: Measurements, shape: Shape) -> tuple[CostModel, tuple[Fit,
     prefill, of_prefill = fit_prefill(measurements.prefill)
     decode, of_decode = fit_decode(measurements.decode)
     fits = [of_prefill, of_decode]
-    mixed = MixedCost(extra_seconds=0.0, context_token_seconds=decode.context_token_seconds)
+    mixed = MixedCost.assumed(prefill, decode)
     if measurements.mixed:
         mixed, of_mixed = fit_mixed(measurements.mixed, prefill)
         fits.append(of_mixed)
@@ -124,9 +124,10 @@ def fit_mixed(rows: Sequence[MixedRow], prefill: PrefillCost) -> tuple[MixedCost
     """On top of what the pass takes by `prefill`."""
     passes = _column(prefill.seconds(row.new_tokens + row.decodes, attended_pairs(row.new_tokens, row.cached_tokens))
                      for row in rows)
-    return _Problem("mixed", MixedCost(1, 1), ("extra_seconds", "context_token_seconds"),
-                    (_column(row.context_tokens for row in rows),), _column(row.seconds for row in rows),
-                    "decodes of several contexts beside prompts", passes).solve()
+    decodes, contexts = _column(row.decodes for row in rows), _column(row.context_tokens for row in rows)
+    return _Problem("mixed", MixedCost(1, 1, 1), ("extra_seconds", "sequence_seconds", "context_token_seconds"),
+                    (decodes, contexts), _column(row.seconds for row in rows),
+                    "prompts beside several batches and, beside batches of one size, several contexts", passes).solve()
 
 
 def fit_transfer(rows: Sequence[TransferRow]) -> tuple[TransferCost, Fit]:
@@ -258,7 +259,7 @@ def _intervals(cost: Parameters, names: tuple[str, ...], jacobian: NDArray, loss
     from scipy.special import stdtrit
 
     freedom = len(jacobian) - len(names)
-    norms = np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300)
+    norms = np.maximum(np.linalg.norm(jacobian, axis=0), 1e-150)  # a constant may not be seen at all
     _, values, axes = np.linalg.svd(jacobian / norms, full_matrices=False)
     spread = np.linalg.norm(axes.T / np.maximum(values, 1e-12), axis=1) / norms
     reach = spread * np.sqrt(loss / freedom) * stdtrit(freedom, (1 + CONFIDENCE) / 2)

@@ -24,7 +24,7 @@ rates = st.floats(1e-12, 1e-3)
 sharpness = st.floats(1, 8)
 cost_models = st.builds(
     CostModel, st.builds(PrefillCost, rates, rates, rates, sharpness), st.builds(DecodeCost, rates, rates, rates, sharpness),
-    st.builds(MixedCost, rates, rates), st.just((PEER,)), st.just(Shape(4, 1024)))
+    st.builds(MixedCost, rates, rates, rates), st.just((PEER,)), st.just(Shape(4, 1024)))
 rows = st.builds(lambda new, cached: SimpleNamespace(num_new=new, num_cached=cached),
                  st.integers(1, 4096), st.integers(0, 32_768))
 works = st.lists(rows, max_size=6).map(StepWork.of)
@@ -101,11 +101,11 @@ def test_a_mixed_step_does_not_pay_for_its_prefill_twice():
     mixed = MODEL.step_seconds(decodes + chunk)
     assert MODEL.step_seconds(chunk) < mixed < MODEL.step_seconds(decodes) + MODEL.step_seconds(chunk)
     # What it has beside the pass is what decodes add; the pass holds all tokens once.
-    assert mixed == pytest.approx(PREFILL.seconds(544, attended_pairs(512)) + MIXED.seconds(32 * 1024))
+    assert mixed == pytest.approx(PREFILL.seconds(544, attended_pairs(512)) + MIXED.seconds(32, 32 * 1024))
 
 
 def test_a_prompt_never_speeds_decodes_up():
-    odd = replace(MODEL, prefill=replace(PREFILL, floor_seconds=1e-6), mixed=MixedCost(0, 0))
+    odd = replace(MODEL, prefill=replace(PREFILL, floor_seconds=1e-6), mixed=MixedCost(0, 0, 0))
     decodes = StepWork(decodes=8, context_tokens=80_000)
     assert odd.step_seconds(decodes + StepWork.chunk(2)) == odd.step_seconds(decodes)
 

@@ -10,7 +10,7 @@ from cost_model.models import DECODE, MIXED, MODEL, PEER, PREFILL, RELAY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopd.cost_model.analytical import DecodeCost, Shape
+from nanopd.cost_model.analytical import DecodeCost, MixedCost, PrefillCost, Shape
 from nanopd.cost_model.checks import CostModelError
 from nanopd.cost_model.fit import (
     Fit,
@@ -57,7 +57,7 @@ def test_constants_come_back_exactly_from_exact_rows():
     model, fits = fit(measured(), MODEL.shape)
     assert_close(model.prefill, PREFILL, 1e-3)
     assert_close(model.decode, DECODE, 1e-3)
-    assert_close(model.mixed, MIXED, 0.02)
+    assert_close(model.mixed, MIXED, 0.05)
     for found, true in zip(model.transfers, (PEER, RELAY)):
         assert_close(found, true, 1e-3)
     assert [each.quantity for each in fits] == [
@@ -132,12 +132,34 @@ def test_errors_are_in_the_order_of_the_rows_and_held_out_rows_are_each_left_out
     assert fits[1].held_out_median_error >= 0.9 * fits[1].median_error
 
 
-def test_without_mixed_rows_contexts_cost_what_they_cost_in_decodes():
+def test_without_mixed_rows_decodes_cost_what_they_cost_among_themselves():
     model, fits = fit(replace(measured(), mixed=(), transfer=()), Shape(36, 147_456))
     assert model.mixed.context_token_seconds == model.decode.context_token_seconds
+    assert model.mixed.sequence_seconds == pytest.approx(1e-6, rel=0.01)  # 25 us, of which a token of a prompt's pass is 24
     assert model.mixed.extra_seconds == 0
     assert model.transfers == ()
     assert len(fits) == 2
+
+
+def machine(seed):
+    """Some machine, from a slow CPU's overheads that add up to a large GPU's that hide."""
+    draw = random.Random(seed)
+
+    def size(low, high):
+        return 10 ** draw.uniform(low, high)
+
+    prefill = PrefillCost(size(-3, -2), size(-6, -3.5), size(-12, -8), draw.uniform(1, 8))
+    decode = DecodeCost(prefill.floor_seconds * draw.uniform(0.3, 1), size(-7, -3), size(-9, -6), draw.uniform(1, 8))
+    return replace(MODEL, prefill=prefill, decode=decode, mixed=MixedCost.assumed(prefill, decode))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_the_machine_is_like(seed):
+    model = machine(seed)
+    found, _ = fit(measured(model, noise=0.01, seed=seed), model.shape)
+    assert {quantity: error_quantile(errors, 0.95) < 0.05 and error_quantile(errors, 0.5) < 0.02
+            for quantity, errors in prediction_errors(found, measured(model)).items()} == dict.fromkeys(
+                ("prefill", "decode", "mixed", "transfer"), True)
 
 
 def test_what_cannot_be_told_is_not_said_to_be_known():
