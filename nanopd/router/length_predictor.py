@@ -113,6 +113,11 @@ class Evidence:
         self.squares += step * (x - self.mean) * (self.weight - weight) + weight * variance
         self.mean += step
 
+    def fit(self, belief: Belief) -> float:
+        """Mean log density of what was seen, less a constant."""
+        squares = self.squares / self.weight + (self.mean - belief.mean) ** 2
+        return -(math.log(belief.variance) + squares / belief.variance) / 2
+
     def scale(self, factor: float) -> None:
         self.weight *= factor
         self.squares *= factor
@@ -130,6 +135,7 @@ class Evidence:
 
 _SCORES = [k / 4 for k in range(12, -13, -1)]  # a normal's scores where the shape's bins meet, the highest first
 _TAILS = [0.0, *(math.erfc(score / math.sqrt(2)) / 2 for score in _SCORES), 1.0]  # how much of a t lies above
+_BINS = len(_TAILS) - 1
 
 
 class Shape:
@@ -139,18 +145,18 @@ class Shape:
     PRIOR = 20.0  # answers that the t's own shape counts as
 
     def __init__(self) -> None:
-        self.counts = [0.0] * (len(_TAILS) - 1)
+        self.counts = [0.0] * _BINS
         self.shares: Sequence[float] = _TAILS
 
-    def add(self, low: float, high: float, unit: float) -> None:
-        """An answer somewhere between these tails: divided among the bins as answers between them are expected."""
-        start, top = share_above(self.shares, low), share_above(self.shares, high)
-        whole, last = top - start, _bin_of(high)
-        if whole > 0:
-            for k in range(_bin_of(low), last + 1):
-                end = top if k == last else self.shares[k + 1]
-                self.counts[k] += unit * (end - start) / whole
-                start = end
+    def add(self, tails: tuple[float, float], shares: tuple[float, float], unit: float) -> None:
+        """An answer somewhere between two tails, above which lie these shares: divided among the bins as answers there are
+        expected to be."""
+        start, top = shares
+        whole, first, last = top - start, _bin_of(tails[0]), _bin_of(tails[1])
+        for k in range(first, last + 1) if whole > 0 else ():
+            end = top if k == last else self.shares[k + 1]
+            self.counts[k] += unit * (end - start) / whole
+            start = end
         self._settle(unit)
 
     def scale(self, factor: float) -> None:
@@ -168,7 +174,7 @@ class Shape:
 
 
 def _bin_of(tail: float) -> int:
-    return min(bisect_right(_TAILS, tail), len(_TAILS) - 1) - 1
+    return bisect_right(_TAILS, tail, 0, _BINS) - 1
 
 
 def share_above(shares: Sequence[float], tail: float) -> float:
@@ -179,7 +185,7 @@ def share_above(shares: Sequence[float], tail: float) -> float:
 
 def tail_of(shares: Sequence[float], share: float) -> float:
     """The inverse of `share_above`."""
-    k = max(bisect_left(shares, share, hi=len(shares) - 1), 1) - 1
+    k = max(bisect_left(shares, share, 0, _BINS), 1) - 1
     return _TAILS[k] + (_TAILS[k + 1] - _TAILS[k]) * (share - shares[k]) / (shares[k + 1] - shares[k])
 
 
@@ -257,7 +263,7 @@ class ShiftAlarm:
     """
 
     THRESHOLD = 8.0
-    PRIOR = Belief(mean=0.0, variance=1.0, kappa=1.0, dof=4.0)
+    PRIOR = Belief(mean=0.0, variance=0.4, kappa=1.0, dof=4.0)
     STRIDE = (math.sqrt(5) - 1) / 2
 
     def __init__(self) -> None:
@@ -290,9 +296,14 @@ class ShiftAlarm:
 def _log_odds(score: float, t: StudentT) -> float:
     """Of a score under a Student-t against a standard normal."""
     deviation, half = (score - t.mean) / t.scale, (t.dof + 1) / 2
-    log_t = (math.lgamma(half) - math.lgamma(t.dof / 2) - math.log(math.pi * t.dof) / 2 - math.log(t.scale)
-             - half * math.log1p(deviation * deviation / t.dof))
-    return log_t + score * score / 2 + math.log(2 * math.pi) / 2
+    return (_log_peak(t.dof) - math.log(t.scale) - half * math.log1p(deviation * deviation / t.dof)
+            + (score * score + math.log(2 * math.pi)) / 2)
+
+
+@lru_cache(maxsize=4096)
+def _log_peak(dof: int) -> float:
+    """Logarithm of a t's highest density."""
+    return math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2) - math.log(math.pi * dof) / 2
 
 
 class BayesianLengthPredictor:
@@ -305,7 +316,8 @@ class BayesianLengthPredictor:
         memory: answers after which an old one has lost all but 1/e of its weight; math.inf for never.
     """
 
-    PRIOR = Belief(mean=math.log(128), variance=2.0, kappa=0.5, dof=4.0)  # before anything has ended: 10 to 1,500 tokens
+    PRIOR = Belief(mean=math.log(128), variance=0.7, kappa=0.5, dof=4.0)  # before anything has ended: 6 to 2,800 tokens
+    WORSE = 0.1  # nats an answer
     POOLED = 8.0  # answers of its own that a bucket needs to count as much as all the others
 
     def __init__(self, memory: float = 1000.0) -> None:
@@ -336,11 +348,11 @@ class BayesianLengthPredictor:
         high = t.tail(least) if output_len > 1 else 1.0
         low = 0.0 if cut else t.tail(math.log(output_len + 0.5))
         x, variance = belief.beyond(least) if cut else (math.log(output_len), 0.0)
-        shares = self._shape.shares
-        if self._alarm.rings(share_above(shares, low), share_above(shares, high), x, variance):
-            return self._start_anew()
+        shares = share_above(self._shape.shares, low), share_above(self._shape.shares, high)
+        if self._alarm.rings(*shares, x, variance):
+            return self._start_anew(pooled)
         self._unit *= self._growth
-        self._shape.add(low, high, self._unit)
+        self._shape.add((low, high), shares, self._unit)
         self._buckets.setdefault(prompt_len.bit_length(), Evidence()).add(x, self._unit, variance)
         if cut:
             x, variance = pooled.beyond(least)
@@ -348,14 +360,18 @@ class BayesianLengthPredictor:
         if self._unit > 1e100:
             self._rescale()
 
-    def _start_anew(self) -> None:
-        """Know the level from what ended since the shift began, and of the shape only about as much as from the prior."""
+    def _start_anew(self, pooled: Belief) -> None:
+        """Know the level only from what has ended since the shift, and the shape little better than from the prior. But not
+        where that fits worse than `pooled`, which is then on its way there: so it is while the prior's spread wears off."""
+        recent = self._alarm.lengths
+        self._alarm.forget()
+        if recent.fit(recent.posterior(self.PRIOR)) < recent.fit(pooled) - self.WORSE:
+            return
         self.shifts += 1
         self._rescale()
         self._shape.shorten()
         self._buckets.clear()
-        self._all = self._alarm.lengths
-        self._alarm.forget()
+        self._all = recent
 
     def _rescale(self) -> None:
         for part in (self._all, self._shape, *self._buckets.values()):
