@@ -32,8 +32,9 @@ class _Forecast:
 
     def quantile(self, probability: float) -> int:
         check_probability(probability)
-        length = self._at((1 - probability) * self._above(self.written))
-        return self.max_tokens if length > self.max_tokens else max(math.ceil(length), self.written + 1)
+        left = self._above(self.written)
+        length = self._at((1 - probability) * left) if left > 0 else 0.0
+        return math.ceil(self.within(length))
 
     def within(self, length: float) -> float:
         return min(max(length, self.written + 1.0), float(self.max_tokens))

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from statistics import NormalDist
 from typing import NamedTuple, Protocol
 
@@ -84,9 +84,10 @@ class Belief(NamedTuple):
     def predictive(self) -> StudentT:
         return StudentT(self.mean, math.sqrt(self.variance * (1 + 1 / self.kappa)), math.floor(self.dof))
 
-    def at_most(self, weight: float) -> Belief:
-        """The same, held no firmer than after `weight` observations."""
-        return Belief(self.mean, self.variance, min(self.kappa, weight), min(self.dof, weight))
+    def prior_of_one(self, weight: float) -> Belief:
+        """What it says beforehand of one of many kinds of observation, whose own come to count as much as it when there are
+        `weight` of them."""
+        return Belief(self.mean, self.variance * (1 + 1 / self.kappa), weight, min(self.dof, weight))
 
     def beyond(self, x: float) -> tuple[float, float]:
         """Mean and variance of an observation of which is known only that it is over `x`."""
@@ -133,7 +134,7 @@ class Evidence:
 
 # ----------------------------------------------------------------------------------------------------------- shape
 
-_SCORES = [k / 4 for k in range(12, -13, -1)]  # a normal's scores where the shape's bins meet, the highest first
+_SCORES = [k / 6 for k in range(18, -19, -1)]  # a normal's scores where the shape's bins meet, the highest first
 _TAILS = [0.0, *(math.erfc(score / math.sqrt(2)) / 2 for score in _SCORES), 1.0]  # how much of a t lies above
 _BINS = len(_TAILS) - 1
 
@@ -218,15 +219,13 @@ class BayesianForecast:
         return min(max(math.ceil(math.exp(x) - 0.5), self.written + 1), self.max_tokens)
 
     def mean(self) -> float:
-        """Summed over strips of log length, the shape's bins and some farther out, in each of which it lies evenly."""
+        """Summed over strips of log length, in each of which it is taken to lie evenly: within about 2%."""
         bottom, top = math.log(self.written + 0.5), math.log(self.max_tokens - 0.5)
         if bottom >= top:
             return float(self.max_tokens)
-        level, scale, dof = self._t
         x, length, share = top, self.max_tokens - 0.5, self._above(self.max_tokens - 1)
         total = share * self.max_tokens
-        for score, next_share in zip(_strip_scores(dof), self._strip_shares()):
-            next_x = level + scale * score
+        for next_x, next_share in self._strips(bottom):
             if next_x >= top:
                 continue
             if next_x <= bottom:
@@ -237,16 +236,25 @@ class BayesianForecast:
         total += (self._left - share) * (length - self.written - 0.5) / (x - bottom)
         return min(max(total / self._left, self.written + 1.0), float(self.max_tokens))
 
-    def _strip_shares(self) -> Sequence[float]:
-        return [self._shares[1] / _TAILS[1] * tail for tail in _FAR_TAILS] + list(self._shares[1:-1])
+    def _strips(self, bottom: float) -> Iterator[tuple[float, float]]:
+        """Log lengths from the greatest, each with the share of answers above: the shape's borders and some farther out, or
+        parts of what is left where that lies beyond them."""
+        if self._left < self._shares[1]:
+            tail = self._t.tail(bottom)
+            return ((self._t.at_tail(part * tail), part * self._left) for part in _PARTS)
+        level, scale, dof = self._t
+        thinned = self._shares[1] / _TAILS[1]
+        shares = chain((thinned * tail for tail in _FAR_TAILS), self._shares[1:_BINS])
+        return ((level + scale * score, share) for score, share in zip(_t_scores(dof), shares))
 
 
 _FAR_SCORES = [8.0, 7.0, 6.0, 5.5, 5.0, 4.5, 4.0, 3.5]
 _FAR_TAILS = [math.erfc(score / math.sqrt(2)) / 2 for score in _FAR_SCORES]
+_PARTS = [1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3, *(k * k / 400 for k in range(2, 20))]
 
 
 @lru_cache(maxsize=4096)
-def _strip_scores(dof: int) -> list[float]:
+def _t_scores(dof: int) -> list[float]:
     return [_t_score(score, dof) for score in _FAR_SCORES + _SCORES]
 
 
@@ -333,9 +341,11 @@ class BayesianLengthPredictor:
 
     def belief(self, prompt_len: int) -> Belief:
         """The posterior of log length after prompts of about this length: between two powers of 2."""
-        pooled = self._all.posterior(self.PRIOR, self._unit)
+        return self._own(prompt_len, self._all.posterior(self.PRIOR, self._unit))
+
+    def _own(self, prompt_len: int, pooled: Belief) -> Belief:
         own = self._buckets.get(prompt_len.bit_length())
-        return own.posterior(pooled.at_most(self.POOLED), self._unit) if own else pooled
+        return own.posterior(pooled.prior_of_one(self.POOLED), self._unit) if own else pooled
 
     def predict(self, prompt_len: int, max_tokens: int, written: int = 0) -> BayesianForecast:
         check_question(prompt_len, max_tokens, written)
@@ -343,8 +353,9 @@ class BayesianLengthPredictor:
 
     def update(self, prompt_len: int, output_len: int, cut: bool = False) -> None:
         check_answer(prompt_len, output_len)
-        belief, pooled = self.belief(prompt_len), self._all.posterior(self.PRIOR, self._unit)
-        t, least = belief.predictive(), math.log(output_len - 0.5)
+        pooled = self._all.posterior(self.PRIOR, self._unit)
+        belief, least = self._own(prompt_len, pooled), math.log(output_len - 0.5)
+        t = belief.predictive()
         high = t.tail(least) if output_len > 1 else 1.0
         low = 0.0 if cut else t.tail(math.log(output_len + 0.5))
         x, variance = belief.beyond(least) if cut else (math.log(output_len), 0.0)
@@ -379,17 +390,33 @@ class BayesianLengthPredictor:
         self._unit = 1.0
 
 
+def shortest_interval(forecast: LengthForecast, probability: float) -> tuple[int, int]:
+    """The first and the last of the fewest lengths that hold at least this probability, to a twentieth of what is left out.
+    Raises ValueError outside [0, 1]."""
+    check_probability(probability)
+    below = [(1 - probability) * k / 20 for k in range(21)]
+    return min(((forecast.quantile(share), forecast.quantile(min(share + probability, 1.0))) for share in below),
+               key=lambda ends: ends[1] - ends[0])
+
+
 def check_question(prompt_len: int, max_tokens: int, written: int) -> None:
-    if prompt_len < 1 or max_tokens < 1:
-        raise ValueError(f"prompt_len and max_tokens must be at least 1 token, got {prompt_len!r} and {max_tokens!r}")
-    if not 0 <= written < max_tokens:
-        raise ValueError(f"written must be from 0 to max_tokens - 1 = {max_tokens - 1} for an answer that goes on, "
-                         f"got {written!r}")
+    """Raises ValueError for what `LengthPredictor.predict` can't answer."""
+    _check_tokens("prompt_len", prompt_len)
+    _check_tokens("max_tokens", max_tokens)
+    if not (isinstance(written, int) and 0 <= written < max_tokens):
+        raise ValueError(f"written must be a whole number from 0 to {max_tokens - 1}, one less than max_tokens, for an answer "
+                         f"that goes on, got {written!r}")
 
 
 def check_answer(prompt_len: int, output_len: int) -> None:
-    if prompt_len < 1 or output_len < 1:
-        raise ValueError(f"prompt_len and output_len must be at least 1 token, got {prompt_len!r} and {output_len!r}")
+    """Raises ValueError for what `LengthPredictor.update` can't learn."""
+    _check_tokens("prompt_len", prompt_len)
+    _check_tokens("output_len", output_len)
+
+
+def _check_tokens(name: str, value: int) -> None:
+    if not (isinstance(value, int) and value >= 1):
+        raise ValueError(f"{name} must be a whole number of at least 1 token, got {value!r}")
 
 
 def check_probability(probability: float) -> None:
