@@ -46,7 +46,7 @@ class NormalForecast(_Forecast):
         self._normal = normal
 
     def _above(self, length: int) -> float:
-        return self._normal.cdf(2 * self._normal.mean - length - 0.5)
+        return math.erfc((length + 0.5 - self._normal.mean) / (self._normal.stdev * math.sqrt(2))) / 2
 
     def _at(self, share: float) -> float:
         return 2 * self._normal.mean - self._normal.inv_cdf(share) - 0.5 if 0 < share < 1 else math.inf * (0.5 - share)
