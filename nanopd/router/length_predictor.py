@@ -271,7 +271,7 @@ class ShiftAlarm:
     """
 
     THRESHOLD = 8.0
-    PRIOR = Belief(mean=0.0, variance=0.4, kappa=1.0, dof=4.0)
+    PRIOR = Belief(mean=0.0, variance=0.4, kappa=1.0, dof=4.0)  # a first score near 0 must count for it, or no narrowing is seen
     STRIDE = (math.sqrt(5) - 1) / 2
 
     def __init__(self) -> None:
