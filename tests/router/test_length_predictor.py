@@ -23,7 +23,7 @@ from nanopd.router.length_predictor import (
 from nanopd.router.length_scores import Answer, score
 
 LIMIT = 4096
-TRACES = Path(os.environ.get("NANOPD_TRACES", Path(__file__).parents[3] / "shared" / "traces"))
+TRACES = Path(os.environ.get("NANOPD_TRACES", "traces"))  # the folder that holds the traces, where somebody has them
 PREDICTORS = [BayesianLengthPredictor, WindowedMean, WindowedSample, ConstantLength]
 
 # Quantiles of the tokens generated in the Azure LLM inference trace 2023, code (Patel et al., Splitwise, ISCA 2024; CC-BY 4.0).
