@@ -50,15 +50,17 @@ class Engine:
     """Serves requests in continuous batches on one device.
 
     `layer_hook(plan)` gives what is to be called as each layer of the step has been stored, for a transfer to start
-    from there, or None.
+    from there, or None. `clock` gives seconds: tokens and steps are dated by it, and all that a worker around it does.
     """
 
     def __init__(self, runner: Runner, scheduler: Scheduler, limits: Limits,
-                 layer_hook: Callable[[StepPlan], OnLayer | None] | None = None) -> None:
+                 layer_hook: Callable[[StepPlan], OnLayer | None] | None = None,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.limits = limits
         self.layer_hook = layer_hook
+        self.clock = clock
         self.history: deque[StepRecord] = deque(maxlen=STEPS_KEPT)
         self.num_steps = 0
         self._ahead: RunningStep | None = None  # begun before the result of the step before it was known
@@ -94,7 +96,7 @@ class Engine:
             raise
         broken = self._fail_broken_rows(step.plan, result)
         updates = self.scheduler.commit(step.plan, result)
-        now = time.monotonic()
+        now = self.clock()
         self._record(step.plan, result, now)
         if self._ahead and all(row.sequence.finished for row in self._ahead.plan.rows):
             self._abandoned, self._ahead = self._ahead, None
@@ -152,7 +154,8 @@ class Engine:
         stopped = self.scheduler.cancel(request_id, reason, index)
         if index is not None:
             ended = [sequence.index for sequence in stopped]
-        return [TokenEvent(request_id, i, finish_reason=reason, error=error) for i in ended]
+        now = self.clock()
+        return [TokenEvent(request_id, i, finish_reason=reason, error=error, time=now) for i in ended]
 
     def _on_layer(self, plan: StepPlan) -> OnLayer | None:
         return None if self.layer_hook is None else self.layer_hook(plan)
