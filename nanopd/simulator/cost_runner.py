@@ -1,0 +1,71 @@
+"""A runner that computes nothing: its steps and transfers take the time that a cost model says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nanopd.core import PlanRow, RowResult, StepPlan, StepResult
+from nanopd.engine.engine import OnLayer
+from nanopd.simulator.clock import VirtualClock
+
+TOKEN = 0  # what every draw gives: how long an answer gets is for its request to say
+
+
+class StepCosts(Protocol):
+    """How long things take, in seconds."""
+
+    def step_seconds(self, rows: Sequence[PlanRow]) -> float:
+        """A step with these rows: each runs `num_new` tokens after `num_cached`."""
+
+    def transfer_seconds(self, num_tokens: int) -> float:
+        """The KV of so many tokens, all layers, from one worker to another with nothing else on the way."""
+
+
+@dataclass(frozen=True)
+class LinearCosts:
+    """The simplest costs, each in seconds: so much for every step, and for every token that it runs or reads."""
+
+    step: float = 0.0
+    prefill_token: float = 0.0
+    decode_row: float = 0.0
+    context_token: float = 0.0  # for each token in the cache of a row that decodes
+    transfer: float = 0.0  # for every transfer
+    transfer_token: float = 0.0
+
+    def step_seconds(self, rows: Sequence[PlanRow]) -> float:
+        seconds = self.step
+        for row in rows:
+            if row.num_new == 1:
+                seconds += self.decode_row + self.context_token * row.num_cached
+            else:
+                seconds += self.prefill_token * row.num_new
+        return seconds
+
+    def transfer_seconds(self, num_tokens: int) -> float:
+        return self.transfer + self.transfer_token * num_tokens
+
+
+class CostRunner:
+    """Puts its worker's clock forward by what each step costs. Layers take equal shares of a step."""
+
+    def __init__(self, costs: StepCosts, clock: VirtualClock, num_layers: int) -> None:
+        self.costs = costs
+        self.clock = clock
+        self.num_layers = num_layers
+        self.busy = 0.0  # seconds spent in steps
+
+    def execute(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
+        start, seconds = self.clock.now, self.costs.step_seconds(plan.rows)
+        if on_layer is not None:
+            for layer in range(self.num_layers):
+                self.clock.now = start + seconds * (layer + 1) / self.num_layers
+                on_layer(layer)
+        self.clock.now = start + seconds
+        self.busy += seconds
+        return StepResult([_draw(row) for row in plan.rows], seconds)
+
+
+def _draw(row: PlanRow) -> RowResult:
+    return RowResult([TOKEN] * row.num_draws, [0.0] * row.num_draws)
