@@ -93,20 +93,21 @@ class Simulation:
         costs: how long steps and transfers take.
         cache, scheduler: of every worker.
         latency: seconds that a message takes between the central scheduler and a worker.
+        leaps: take steps in which nothing is decided many at once. That changes no time; only the workers' histories lack them.
 
     Raises:
         ConfigError: an unknown role or mode, or one that lacks its workers.
     """
 
     def __init__(self, workers: Mapping[str, int], mode: str, model: ModelSpec, costs: StepCosts, cache: CacheConfig,
-                 scheduler: SchedulerConfig, *, latency: float = 0.0) -> None:
+                 scheduler: SchedulerConfig, *, latency: float = 0.0, leaps: bool = True) -> None:
         _check_workers(workers, mode)
         if not (latency >= 0 and math.isfinite(latency)):
             raise ConfigError(f"latency is a number of seconds of at least 0, got {latency!r}")
         self.model, self.costs, self.cache, self.scheduler = model, costs, cache, scheduler
         self.limits = Limits(sys.maxsize, scheduler.max_model_len, cache.num_blocks, cache.block_size, scheduler.max_num_seqs)
         self.clock = VirtualClock()
-        self.stations = {f"{role}{number}": self._station(role, number)
+        self.stations = {f"{role}{number}": self._station(role, number, leaps)
                          for role, how_many in workers.items() for number in range(how_many)}
         self.executor = VirtualExecutor(self.stations, self.clock, latency)
         self.central = CentralScheduler(self.executor, mode, self.limits, max_queued=sys.maxsize, clock=self.clock)
@@ -153,7 +154,7 @@ class Simulation:
                 served.metrics.finish_time = event.time
                 del self._open[event.request_id]
 
-    def _station(self, role: str, number: int) -> Station:
+    def _station(self, role: str, number: int, leaps: bool) -> Station:
         clock = VirtualClock()
         manager = BlockSpaceManager.from_config(self.cache)
         runner = CostRunner(self.costs, clock, self.model.num_layers)
@@ -161,7 +162,7 @@ class Simulation:
         shape = CacheShape(self.model.num_layers, self.model.kv_bytes_per_token(BYTES_PER_ELEMENT) * self.cache.block_size)
         links: dict[str, TimedLink] = {}
         worker = Worker(f"{role}{number}", role, engine, shape, partial(self._connect, links, clock))
-        return Station(worker, clock, links)
+        return Station(worker, clock, links, leaps)
 
     def _connect(self, links: dict[str, TimedLink], clock: VirtualClock, destination: str) -> TimedLink:
         """The link to a worker, from the one whose clock and links these are."""
