@@ -51,17 +51,18 @@ class Engine:
 
     `layer_hook(plan)` gives what is to be called as each layer of the step has been stored, for a transfer to start
     from there, or None. `clock` gives seconds: tokens and steps are dated by it, and all that a worker around it does.
+    The records of the last `steps_kept` steps are there to look at.
     """
 
     def __init__(self, runner: Runner, scheduler: Scheduler, limits: Limits,
                  layer_hook: Callable[[StepPlan], OnLayer | None] | None = None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 clock: Callable[[], float] = time.monotonic, steps_kept: int = STEPS_KEPT) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.limits = limits
         self.layer_hook = layer_hook
         self.clock = clock
-        self.history: deque[StepRecord] = deque(maxlen=STEPS_KEPT)
+        self.history: deque[StepRecord] = deque(maxlen=steps_kept)
         self.num_steps = 0
         self._ahead: RunningStep | None = None  # begun before the result of the step before it was known
         self._abandoned: RunningStep | None = None  # begun like that, and nobody is left to take what it draws
@@ -181,13 +182,15 @@ class Engine:
             stop_reason=update.stop_reason, time=now)
 
     def _record(self, plan: StepPlan, result: StepResult, end: float) -> None:
+        self.num_steps += 1
+        if not self.history.maxlen:  # a simulation of many workers keeps none
+            return
         rows = tuple(RowRecord(row.request.request_id, row.sequence.index, row.kind, row.num_new, row.num_cached)
                      for row in plan.rows)
         self.history.append(StepRecord(
-            self.num_steps, end - result.duration, rows, tuple(plan.preempted), len(self.scheduler.waiting),
+            self.num_steps - 1, end - result.duration, rows, tuple(plan.preempted), len(self.scheduler.waiting),
             self.scheduler.manager.num_free_blocks, len(plan.copies), result.duration,
             num_drafts=sum(row.num_drafts for row in plan.rows), num_accepted=sum(row.num_accepted for row in plan.rows)))
-        self.num_steps += 1
 
 
 def _raise(error: Exception) -> StepResult:

@@ -59,6 +59,7 @@ class Fleet:
     def __init__(self, executor: Executor, max_num_seqs: int) -> None:
         self.executor = executor
         self.workers = {worker_id: WorkerState(role) for worker_id, role in executor.roles.items()}
+        self._changing: dict[str, WorkerState] = {}  # those that have a next role
         self.losses: dict[str, list[str]] = {}  # role -> what became of the workers of that role that are gone
         # A collocated worker has a few in line, to seat them at once; the rest waits where no worker's loss can touch it.
         self._room = {"C": max_num_seqs + max_num_seqs // 4 + 1, "P": None, "D": max_num_seqs}
@@ -99,6 +100,7 @@ class Fleet:
     def lose(self, worker_id: str, reason: str) -> tuple[str, list[str]]:
         """A worker is gone. Returns what to say about it, and the jobs that it had in hand."""
         worker = self.workers.pop(worker_id)
+        self._changing.pop(worker_id, None)
         what = f"{worker_id} was lost ({reason})"
         self.losses.setdefault(worker.role, []).append(what)
         for destination in worker.writes.values():  # it can't say itself that it writes no more
@@ -130,14 +132,19 @@ class Fleet:
         if worker.role in needed and role != worker.role and not any(other.takes(worker.role) for other in others):
             raise ConfigError(f"{worker_id} is the last {ROLES[worker.role]} worker, and requests need one: "
                               "give another worker that role first")
+        self._changing.pop(worker_id, None)
         worker.next_role = None if role == worker.role else role
+        if worker.next_role is None:
+            return
+        self._changing[worker_id] = worker
         self.change_roles()
 
     def change_roles(self) -> None:
         """Those that are to change, and have nothing in hand any more, do."""
-        for worker_id in self.executor.roles:  # not one that is gone, and whose loss has not been told yet
-            worker = self.workers[worker_id]
-            if worker.next_role is not None and not worker.answers and not worker.writes:
+        for worker_id, worker in list(self._changing.items()):
+            lives = worker_id in self.executor.roles  # it may be gone, and its loss not told yet
+            if lives and not worker.answers and not worker.writes:
+                del self._changing[worker_id]
                 worker.role, worker.next_role = worker.next_role, None
                 self.executor.roles[worker_id] = worker.role
                 self.send(worker_id, SetRole(worker.role))

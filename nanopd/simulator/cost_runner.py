@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from nanopd.config import ConfigError
 from nanopd.core import PlanRow, RowResult, StepPlan, StepResult
 from nanopd.engine.engine import OnLayer
 from nanopd.simulator.clock import VirtualClock
@@ -25,7 +27,10 @@ class StepCosts(Protocol):
 
 @dataclass(frozen=True)
 class LinearCosts:
-    """The simplest costs, each in seconds: so much for every step, and for every token that it runs or reads."""
+    """The simplest costs, each in seconds: so much for every step, and for every token that it runs or reads.
+
+    Raises ConfigError for one that is below 0.
+    """
 
     step: float = 0.0
     prefill_token: float = 0.0
@@ -33,6 +38,11 @@ class LinearCosts:
     context_token: float = 0.0  # for each token in the cache of a row that decodes
     transfer: float = 0.0  # for every transfer
     transfer_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, seconds in asdict(self).items():
+            if not (seconds >= 0 and math.isfinite(seconds)):
+                raise ConfigError(f"{name} must be a number of seconds of at least 0, got {seconds!r}")
 
     def step_seconds(self, rows: Sequence[PlanRow]) -> float:
         seconds = self.step

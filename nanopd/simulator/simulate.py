@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from nanopd.block_manager.manager import BlockSpaceManager
+from nanopd.block_manager.pool import EVENTS_KEPT
 from nanopd.config import MODES, ROLES, CacheConfig, ConfigError, ModelSpec, SchedulerConfig
 from nanopd.core import Request, RequestMetrics, SamplingParams, TokenEvent
-from nanopd.engine.engine import Engine
+from nanopd.engine.engine import STEPS_KEPT, Engine
 from nanopd.engine.limits import Limits
 from nanopd.engine.scheduler import Scheduler
 from nanopd.router.central_scheduler import CentralScheduler
@@ -93,21 +94,22 @@ class Simulation:
         costs: how long steps and transfers take.
         cache, scheduler: of every worker.
         latency: seconds that a message takes between the central scheduler and a worker.
-        leaps: take steps in which nothing is decided many at once. That changes no time; only the workers' histories lack them.
+        history: keep what the workers have done lately, to look at. It takes much longer and changes nothing else: without it,
+            steps in which nothing is decided are taken many at once.
 
     Raises:
         ConfigError: an unknown role or mode, or one that lacks its workers.
     """
 
     def __init__(self, workers: Mapping[str, int], mode: str, model: ModelSpec, costs: StepCosts, cache: CacheConfig,
-                 scheduler: SchedulerConfig, *, latency: float = 0.0, leaps: bool = True) -> None:
+                 scheduler: SchedulerConfig, *, latency: float = 0.0, history: bool = False) -> None:
         _check_workers(workers, mode)
         if not (latency >= 0 and math.isfinite(latency)):
             raise ConfigError(f"latency is a number of seconds of at least 0, got {latency!r}")
         self.model, self.costs, self.cache, self.scheduler = model, costs, cache, scheduler
         self.limits = Limits(sys.maxsize, scheduler.max_model_len, cache.num_blocks, cache.block_size, scheduler.max_num_seqs)
         self.clock = VirtualClock()
-        self.stations = {f"{role}{number}": self._station(role, number, leaps)
+        self.stations = {f"{role}{number}": self._station(role, number, history)
                          for role, how_many in workers.items() for number in range(how_many)}
         self.executor = VirtualExecutor(self.stations, self.clock, latency)
         self.central = CentralScheduler(self.executor, mode, self.limits, max_queued=sys.maxsize, clock=self.clock)
@@ -118,19 +120,25 @@ class Simulation:
 
         Raises ConfigError where the workload is empty, out of order, or has a request that no worker could take.
         """
+        if self.clock.now > 0:
+            raise RuntimeError("this simulation has run: make a new one")
         arrivals = checked(workload, self.limits.max_len)
         served = []
         for number, arrival in enumerate(arrivals):
             while self.clock.now < arrival.time:
                 self._take(self.central.step(arrival.time - self.clock.now))
             served.append(self._submit(number, arrival))
-        while self.executor.pending:
-            self._take(self.central.step(math.inf))
-        if self._open:
-            raise RuntimeError(f"the simulation stands still: {len(self._open)} requests are open, and no worker has anything "
-                               "to do")
+        while self._open or self.executor.pending:
+            self._go_on()
         busy = {worker_id: station.worker.engine.runner.busy for worker_id, station in self.stations.items()}
         return Result(served, max(one.metrics.finish_time for one in served), busy)
+
+    def _go_on(self) -> None:
+        stood_still = not self.executor.pending
+        events = self.central.step(math.inf)
+        if stood_still and not events and not self.executor.pending:
+            raise RuntimeError(f"the simulation stands still: {len(self._open)} requests are open, and nothing will happen")
+        self._take(events)
 
     def _submit(self, number: int, arrival: Arrival) -> Served:
         request_id = str(number)
@@ -154,15 +162,16 @@ class Simulation:
                 served.metrics.finish_time = event.time
                 del self._open[event.request_id]
 
-    def _station(self, role: str, number: int, leaps: bool) -> Station:
+    def _station(self, role: str, number: int, history: bool) -> Station:
         clock = VirtualClock()
-        manager = BlockSpaceManager.from_config(self.cache)
+        manager = BlockSpaceManager.from_config(self.cache, EVENTS_KEPT if history else 0)
         runner = CostRunner(self.costs, clock, self.model.num_layers)
-        engine = Engine(runner, Scheduler(self.scheduler, manager), self.limits, clock=clock)
+        engine = Engine(runner, Scheduler(self.scheduler, manager), self.limits, clock=clock,
+                        steps_kept=STEPS_KEPT if history else 0)
         shape = CacheShape(self.model.num_layers, self.model.kv_bytes_per_token(BYTES_PER_ELEMENT) * self.cache.block_size)
         links: dict[str, TimedLink] = {}
         worker = Worker(f"{role}{number}", role, engine, shape, partial(self._connect, links, clock))
-        return Station(worker, clock, links, leaps)
+        return Station(worker, clock, links, leaps=not history)
 
     def _connect(self, links: dict[str, TimedLink], clock: VirtualClock, destination: str) -> TimedLink:
         """The link to a worker, from the one whose clock and links these are."""
