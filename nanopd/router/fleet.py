@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -62,7 +63,7 @@ class Fleet:
         self._changing: dict[str, WorkerState] = {}  # those that have a next role
         self.losses: dict[str, list[str]] = {}  # role -> what became of the workers of that role that are gone
         # A collocated worker has a few in line, to seat them at once; the rest waits where no worker's loss can touch it.
-        self._room = {"C": max_num_seqs + max_num_seqs // 4 + 1, "P": None, "D": max_num_seqs}
+        self._room = {"C": max_num_seqs + max_num_seqs // 4 + 1, "P": math.inf, "D": max_num_seqs}
 
     def send(self, worker_id: str, message: ToWorker) -> None:
         """Pass a message on, if the worker lives."""
@@ -86,11 +87,13 @@ class Fleet:
 
     def choose(self, role: str, num_answers: int = 1) -> str | None:
         """The least loaded worker of a role among those that may have room; None if there is none."""
-        room = self._room[role]
-        candidates = [worker_id for worker_id, worker in self.workers.items()
-                      if worker.takes(role) and worker.refused_at != worker.news
-                      and (room is None or worker.load + num_answers <= room)]
-        return min(candidates, key=lambda worker_id: self.workers[worker_id].load, default=None)
+        chosen, least = None, self._room[role] - num_answers + 1
+        for worker_id, worker in self.workers.items():  # of which there may be a thousand
+            if worker.takes(role) and worker.refused_at != worker.news and (load := worker.load) < least:
+                chosen, least = worker_id, load
+                if load == 0:
+                    break
+        return chosen
 
     def let_go(self, worker_id: str, job: str) -> None:
         """The worker has a job's answers in hand no more."""

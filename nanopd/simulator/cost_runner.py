@@ -22,7 +22,8 @@ class StepCosts(Protocol):
         """A step with these rows: each runs `num_new` tokens after `num_cached`."""
 
     def transfer_seconds(self, num_tokens: int) -> float:
-        """The KV of so many tokens, all layers, from one worker to another with nothing else on the way."""
+        """The KV of so many tokens, all layers, from one worker to another. Of 0 tokens: the latency, with which other sends
+        are not held up."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class LinearCosts:
     prefill_token: float = 0.0
     decode_row: float = 0.0
     context_token: float = 0.0  # for each token in the cache of a row that decodes
-    transfer: float = 0.0  # for every transfer
+    latency: float = 0.0  # of every transfer
     transfer_token: float = 0.0
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class LinearCosts:
         return seconds
 
     def transfer_seconds(self, num_tokens: int) -> float:
-        return self.transfer + self.transfer_token * num_tokens
+        return self.latency + self.transfer_token * num_tokens
 
 
 class CostRunner:

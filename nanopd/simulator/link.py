@@ -25,7 +25,7 @@ class TimedTicket:
 class TimedLink:
     """A transport from one worker to another, one send after the other, while the workers compute.
 
-    A layer of a chunk takes its share of what the chunk takes in one piece.
+    Some layers of a chunk take their share of what it takes in one piece.
     """
 
     name = "simulated"
@@ -35,14 +35,15 @@ class TimedLink:
         self._clock = clock  # the sender's
         self._block_size = block_size
         self._num_layers = num_layers
-        self._free = 0.0  # when all that was sent will have arrived
+        self._free = 0.0  # when all that was sent will have left
         self._arrivals: deque[float] = deque()
 
     def send(self, layers: range, source_blocks: list[int], destination_blocks: list[int]) -> TimedTicket:
-        whole = self._costs.transfer_seconds(len(source_blocks) * self._block_size)
-        self._free = max(self._free, self._clock.now) + whole * len(layers) / self._num_layers
-        self._arrivals.append(self._free)
-        return TimedTicket(self._free, self._clock)
+        latency = self._costs.transfer_seconds(0)
+        moving = self._costs.transfer_seconds(len(source_blocks) * self._block_size) - latency
+        self._free = max(self._free, self._clock.now) + moving * len(layers) / self._num_layers
+        self._arrivals.append(self._free + latency)
+        return TimedTicket(self._free + latency, self._clock)
 
     def next_arrival(self, now: float) -> float | None:
         """When something arrives next, after `now`; None if nothing is on its way."""

@@ -9,7 +9,7 @@ from nanopd.simulator import LinearCosts, Simulation
 
 MODEL = ModelSpec("qwen3", vocab_size=100, hidden_size=64, intermediate_size=128, num_layers=4, num_heads=4, num_kv_heads=2,
                   head_dim=16, max_position=65536)
-COSTS = LinearCosts(step=2e-3, prefill_token=1e-5, decode_row=1e-4, context_token=1e-7, transfer=1e-4, transfer_token=4e-6)
+COSTS = LinearCosts(step=2e-3, prefill_token=1e-5, decode_row=1e-4, context_token=1e-7, latency=1e-4, transfer_token=4e-6)
 
 
 def simulation(workers=None, mode="collocated", costs=COSTS, *, num_blocks=512, seqs=8, budget=128, max_model_len=8192, **options):

@@ -100,18 +100,18 @@ def test_a_request_that_comes_during_a_leap_waits_for_the_end_of_one_step():
 
 
 @pytest.mark.parametrize("transfer_token, after_prefill", [
-    (4e-6, lambda whole, prefill: whole / 2),  # quicker than computing: only the last half of the layers is left
-    (4e-5, lambda whole, prefill: whole - prefill / 2),  # slower: the link is busy from the first half of the layers on
+    (4e-6, lambda moving, prefill: moving / 2),  # quicker than computing: only the last half of the layers is left
+    (4e-5, lambda moving, prefill: moving - prefill / 2),  # slower: the link is busy from the first half of the layers on
 ])
 def test_a_disaggregated_request(transfer_token, after_prefill):
     """2048 tokens in one chunk; with four layers, two sends, one after each half of them. Reserve, Granted, Prefill, Prefilled
     and Resume each take a millisecond."""
-    costs = LinearCosts(step=2e-3, prefill_token=1e-5, decode_row=1e-4, transfer=1e-3, transfer_token=transfer_token)
+    costs = LinearCosts(step=2e-3, prefill_token=1e-5, decode_row=1e-4, latency=1e-3, transfer_token=transfer_token)
     sim = simulation({"P": 1, "D": 1}, "disaggregated", costs, budget=2048, latency=1e-3, history=True)
     [one] = sim.run([Arrival(0.5, 2048, 3)]).requests
-    prefill, whole, decode = 2e-3 + 2048 * 1e-5, 1e-3 + 2048 * transfer_token, 2e-3 + 1e-4
+    prefill, moving, decode = 2e-3 + 2048 * 1e-5, 2048 * transfer_token, 2e-3 + 1e-4
     assert one.ttft == pytest.approx(3e-3 + prefill, abs=MICROSECOND / 1000)
-    arrived = 3e-3 + prefill + after_prefill(whole, prefill)
+    arrived = 3e-3 + prefill + after_prefill(moving, prefill) + 1e-3
     assert one.e2e == pytest.approx(arrived + 2e-3 + 2 * decode, abs=MICROSECOND / 1000)
     assert one.path == ["P0", "D0"]
     [sent] = sim.stations["P0"].worker.sent
@@ -124,7 +124,7 @@ def test_a_disaggregated_request(transfer_token, after_prefill):
 def test_a_prefill_worker_goes_on_while_a_prompt_travels():
     """The first prompt is on its way for a second, and the next two are computed meanwhile. As each arrives it is told of after
     PATIENCE with those that are still on their way."""
-    costs = LinearCosts(step=10e-3, transfer=1.0)
+    costs = LinearCosts(step=10e-3, transfer_token=1 / 16)
     workload = [Arrival(0, 16, 2), Arrival(0.02, 16, 2), Arrival(0.04, 16, 2)]
     first, second, third = simulation({"P": 1, "D": 1}, "disaggregated", costs).run(workload).requests
     assert [one.ttft for one in (first, second, third)] == [pytest.approx(10e-3)] * 3
