@@ -64,7 +64,7 @@ class Engine:
         self.clock = clock
         self.history: deque[StepRecord] = deque(maxlen=steps_kept)
         self.num_steps = 0
-        self._ahead: RunningStep | None = None  # begun before the result of the step before it was known
+        self.ahead: RunningStep | None = None  # begun before the result of the step before it was known
         self._abandoned: RunningStep | None = None  # begun like that, and nobody is left to take what it draws
 
     def add(self, request: Request, *, handoff: bool = False) -> None:
@@ -83,12 +83,12 @@ class Engine:
 
         Where the runner can, the step after it is planned and queued meanwhile, so that the device never waits.
         """
-        step, self._ahead = self._ahead or self._begin(self.scheduler.schedule()), None
+        step, self.ahead = self.ahead or self._begin(self.scheduler.schedule()), None
         if step is None:
             return []
         try:
             if step.draws and hasattr(self.runner, "launch"):
-                self._ahead = self._begin(self.scheduler.schedule_ahead(step.plan))
+                self.ahead = self._begin(self.scheduler.schedule_ahead(step.plan))
             result = step.wait()
         except Exception as error:  # whatever broke, the requests of this step get to know and the others go on
             return self._fail_step(step.plan, error)
@@ -99,8 +99,8 @@ class Engine:
         updates = self.scheduler.commit(step.plan, result)
         now = self.clock()
         self._record(step.plan, result, now)
-        if self._ahead and all(row.sequence.finished for row in self._ahead.plan.rows):
-            self._abandoned, self._ahead = self._ahead, None
+        if self.ahead and all(row.sequence.finished for row in self.ahead.plan.rows):
+            self._abandoned, self.ahead = self.ahead, None
         return broken + [self._event(update, now) for update in updates]
 
     def _begin(self, plan: StepPlan | None) -> RunningStep | None:
@@ -119,10 +119,10 @@ class Engine:
             raise
 
     def _withdraw(self, step: RunningStep) -> None:
-        for running in (step, self._ahead):
+        for running in (step, self.ahead):
             if running is not None:
                 self.scheduler.withdraw(running.plan)
-        self._ahead = None
+        self.ahead = None
 
     def quiesce(self) -> None:
         """Wait for an abandoned step: it still writes to blocks that are free by now.
@@ -136,7 +136,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._ahead is not None
+        return self.scheduler.has_work or self.ahead is not None
 
     def cancel(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
         """End a request, or one of the answers it has begun. Its blocks are free when this returns."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Protocol
 
 from nanopd.config import ConfigError
@@ -68,7 +69,10 @@ class CostRunner:
         self.busy = 0.0  # seconds spent in steps
 
     def execute(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
-        start, seconds = self.clock.now, self.costs.step_seconds(plan.rows)
+        return self._run(plan, self.clock.now, on_layer)
+
+    def _run(self, plan: StepPlan, start: float, on_layer: OnLayer | None) -> StepResult:
+        seconds = self.costs.step_seconds(plan.rows)
         if on_layer is not None:
             for layer in range(self.num_layers):
                 self.clock.now = start + seconds * (layer + 1) / self.num_layers
@@ -76,6 +80,23 @@ class CostRunner:
         self.clock.now = start + seconds
         self.busy += seconds
         return StepResult([_draw(row) for row in plan.rows], seconds)
+
+
+class LaunchingCostRunner(CostRunner):
+    """A device that works on its own, as GPUs do: a step is given to it while the one before it runs, and a request that comes
+    meanwhile is in the one after."""
+
+    free = 0.0  # when it will have done all it was given
+
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Callable[[], StepResult]:
+        now = self.clock.now
+        result = self._run(plan, max(now, self.free), on_layer)
+        self.free, self.clock.now = self.clock.now, now
+        return partial(self._wait, self.free, result)
+
+    def _wait(self, end: float, result: StepResult) -> StepResult:
+        self.clock.now = max(self.clock.now, end)
+        return result
 
 
 def _draw(row: PlanRow) -> RowResult:

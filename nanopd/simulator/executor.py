@@ -36,7 +36,7 @@ class Station:
         self.clock.now = now
         if self._leap is not None:
             return self._land(self._leap)
-        num_alike = steps_alike(self.worker.engine.scheduler) if self._may_leap else 0
+        num_alike = steps_alike(self.worker.engine) if self._may_leap else 0
         if num_alike < 2:
             return self._step()
         self._leap = Leap(self.worker.engine, now, num_alike)

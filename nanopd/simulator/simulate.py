@@ -18,7 +18,7 @@ from nanopd.engine.scheduler import Scheduler
 from nanopd.router.central_scheduler import CentralScheduler
 from nanopd.router.timeline import Timeline
 from nanopd.simulator.clock import VirtualClock
-from nanopd.simulator.cost_runner import TOKEN, CostRunner, StepCosts
+from nanopd.simulator.cost_runner import TOKEN, CostRunner, LaunchingCostRunner, StepCosts
 from nanopd.simulator.executor import Station, VirtualExecutor
 from nanopd.simulator.link import TimedLink
 from nanopd.simulator.workload import Arrival, checked
@@ -94,6 +94,7 @@ class Simulation:
         costs: how long steps and transfers take.
         cache, scheduler: of every worker.
         latency: seconds that a message takes between the central scheduler and a worker.
+        runs_ahead: the devices work on their own, as GPUs do, so that each step is planned while the one before it runs.
         history: keep what the workers have done lately, to look at. It takes much longer and changes nothing else: without it,
             steps in which nothing is decided are taken many at once.
 
@@ -102,14 +103,15 @@ class Simulation:
     """
 
     def __init__(self, workers: Mapping[str, int], mode: str, model: ModelSpec, costs: StepCosts, cache: CacheConfig,
-                 scheduler: SchedulerConfig, *, latency: float = 0.0, history: bool = False) -> None:
+                 scheduler: SchedulerConfig, *, latency: float = 0.0, runs_ahead: bool = False,
+                 history: bool = False) -> None:
         _check_workers(workers, mode)
         if not (latency >= 0 and math.isfinite(latency)):
             raise ConfigError(f"latency is a number of seconds of at least 0, got {latency!r}")
         self.model, self.costs, self.cache, self.scheduler = model, costs, cache, scheduler
         self.limits = Limits(sys.maxsize, scheduler.max_model_len, cache.num_blocks, cache.block_size, scheduler.max_num_seqs)
         self.clock = VirtualClock()
-        self.stations = {f"{role}{number}": self._station(role, number, history)
+        self.stations = {f"{role}{number}": self._station(role, number, runs_ahead, history)
                          for role, how_many in workers.items() for number in range(how_many)}
         self.executor = VirtualExecutor(self.stations, self.clock, latency)
         self.central = CentralScheduler(self.executor, mode, self.limits, max_queued=sys.maxsize, clock=self.clock)
@@ -162,10 +164,10 @@ class Simulation:
                 served.metrics.finish_time = event.time
                 del self._open[event.request_id]
 
-    def _station(self, role: str, number: int, history: bool) -> Station:
+    def _station(self, role: str, number: int, runs_ahead: bool, history: bool) -> Station:
         clock = VirtualClock()
         manager = BlockSpaceManager.from_config(self.cache, EVENTS_KEPT if history else 0)
-        runner = CostRunner(self.costs, clock, self.model.num_layers)
+        runner = (LaunchingCostRunner if runs_ahead else CostRunner)(self.costs, clock, self.model.num_layers)
         engine = Engine(runner, Scheduler(self.scheduler, manager), self.limits, clock=clock,
                         steps_kept=STEPS_KEPT if history else 0)
         shape = CacheShape(self.model.num_layers, self.model.kv_bytes_per_token(BYTES_PER_ELEMENT) * self.cache.block_size)

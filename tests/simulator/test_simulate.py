@@ -22,6 +22,7 @@ CLUSTERS = {
     "disaggregated": dict(workers={"P": 1, "D": 2}, mode="disaggregated", latency=3e-4),
     "disaggregated, few blocks": dict(workers={"P": 2, "D": 1}, mode="disaggregated", num_blocks=40, max_model_len=512),
 }
+CLUSTERS |= {f"{name}, ahead": options | {"runs_ahead": True} for name, options in CLUSTERS.items()}
 
 
 @pytest.mark.parametrize("rate", [3, 60])
@@ -90,13 +91,16 @@ def test_a_request_that_comes_during_a_step_waits_for_its_end():
     assert second.tpot is None
 
 
-def test_a_request_that_comes_during_a_leap_waits_for_the_end_of_one_step():
-    """The first one decodes alone: its steps last 2.1 ms and what they read. The second comes in the middle of the 11th."""
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_request_that_comes_during_a_leap_waits_for_the_end_of_one_step(runs_ahead):
+    """The first one decodes alone: its steps last 2.1 ms and what they read. The second comes in the middle of the 11th. A device
+    that runs ahead has the 12th already."""
     prefill, decode = 2e-3 + 16 * 1e-5, [2e-3 + 1e-4 + (16 + i) * 1e-7 for i in range(12)]
     begin = prefill + sum(decode[:10])
-    _, second = simulation().run([Arrival(0, 16, 50), Arrival(begin + 1e-3, 10, 1)]).requests
-    both = 2e-3 + 10 * 1e-5 + 1e-4 + (16 + 11) * 1e-7
-    assert second.ttft == pytest.approx(decode[10] - 1e-3 + both, abs=MICROSECOND / 1000)
+    _, second = simulation(runs_ahead=runs_ahead).run([Arrival(0, 16, 50), Arrival(begin + 1e-3, 10, 1)]).requests
+    both = 2e-3 + 10 * 1e-5 + 1e-4 + (16 + 11 + runs_ahead) * 1e-7
+    waits = decode[10] - 1e-3 + (decode[11] if runs_ahead else 0)
+    assert second.ttft == pytest.approx(waits + both, abs=MICROSECOND / 1000)
 
 
 @pytest.mark.parametrize("transfer_token, after_prefill", [
