@@ -76,7 +76,8 @@ def steps_alike(engine: Engine) -> int:
     if not sequences or any(sequence.phase is not Phase.DECODE for sequence in sequences):
         return 0
     if scheduler.waiting and len(sequences) < scheduler.config.max_num_seqs:
-        return 0  # one may be let in
+        if scheduler.manager.can_allocate(scheduler.waiting[0].group.live[0]):
+            return 0  # it is let in; one that finds no blocks won't find any before somebody ends
     if isinstance(engine.runner, LaunchingCostRunner) and (ahead is None or len(ahead.plan.rows) < len(sequences)):
         return 0  # it is about to begin the next step ahead, or somebody joins with that
     return _until_blocks_run_out(engine, sequences, min(one.max_len - len(one) for one in sequences) - 1)

@@ -12,7 +12,8 @@ MODEL = ModelSpec("qwen3", vocab_size=100, hidden_size=64, intermediate_size=128
 COSTS = LinearCosts(step=2e-3, prefill_token=1e-5, decode_row=1e-4, context_token=1e-7, latency=1e-4, transfer_token=4e-6)
 
 
-def simulation(workers=None, mode="collocated", costs=COSTS, *, num_blocks=512, seqs=8, budget=128, max_model_len=8192, **options):
+def simulation(workers=None, mode="collocated", costs=COSTS, *, num_blocks=512, seqs=8, budget=128, max_model_len=8192,
+               **options):
     cache = CacheConfig(num_blocks, block_size=16)
     scheduler = SchedulerConfig(seqs, budget, None, max_model_len)
     return Simulation(workers or {"C": 1}, mode, MODEL, costs, cache, scheduler, **options)
