@@ -15,6 +15,7 @@ from itertools import count
 from typing import Any
 
 from nanopd.block_manager.pool import (
+    EVENTS_KEPT,
     BlockEvent,
     BlockPool,
     InvariantError,
@@ -78,16 +79,16 @@ class BlockSpaceManager:
     """The block tables of one worker's cache of `num_blocks` blocks with `block_size` tokens each.
 
     `watermark` is the share of the blocks (0 up to, not including, 1) that admission leaves free, so that
-    those already running have room to grow.
+    those already running have room to grow. The last `events_kept` moves of blocks are there to look at.
 
     Raises:
         ConfigError: a setting is out of range.
     """
 
     def __init__(self, num_blocks: int, block_size: int = 16, enable_prefix_caching: bool = True,
-                 watermark: float = 0.0) -> None:
+                 watermark: float = 0.0, events_kept: int = EVENTS_KEPT) -> None:
         self.config = CacheConfig(num_blocks, block_size, enable_prefix_caching, watermark)
-        self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching)
+        self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching, events_kept=events_kept)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._tables = _Tables()
@@ -95,8 +96,8 @@ class BlockSpaceManager:
         self._lease_ids = count()
 
     @classmethod
-    def from_config(cls, config: CacheConfig) -> BlockSpaceManager:
-        return cls(config.num_blocks, config.block_size, config.enable_prefix_caching, config.watermark)
+    def from_config(cls, config: CacheConfig, events_kept: int = EVENTS_KEPT) -> BlockSpaceManager:
+        return cls(config.num_blocks, config.block_size, config.enable_prefix_caching, config.watermark, events_kept)
 
     @property
     def num_free_blocks(self) -> int:

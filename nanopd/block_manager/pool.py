@@ -143,6 +143,7 @@ class BlockPool:
         block_size: int,
         enable_prefix_caching: bool = True,
         hash_fn: Callable[[int | None, SequenceABC[int]], int] = hash_block,
+        events_kept: int = EVENTS_KEPT,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -150,7 +151,7 @@ class BlockPool:
         self.hash_fn = hash_fn
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         self.counters = PoolCounters()
-        self.events: deque[BlockEvent] = deque(maxlen=EVENTS_KEPT)
+        self.events: deque[BlockEvent] = deque(maxlen=events_kept)
         self._steps = count()
         self._blank = list(reversed(range(num_blocks)))  # a stack: block 0 goes out first
         self._evictable: OrderedDict[int, None] = OrderedDict()  # free and cached, longest free first
@@ -167,7 +168,8 @@ class BlockPool:
 
     def log(self, kind: str, block: int | None = None, *, other: int | None = None,
             seq_id: int | None = None, detail: str = "") -> None:
-        self.events.append(BlockEvent(next(self._steps), kind, block, other, seq_id, detail))
+        if self.events.maxlen:  # a simulation of many workers keeps none
+            self.events.append(BlockEvent(next(self._steps), kind, block, other, seq_id, detail))
 
     # Who holds a block
 

@@ -50,18 +50,21 @@ class Engine:
     """Serves requests in continuous batches on one device.
 
     `layer_hook(plan)` gives what is to be called as each layer of the step has been stored, for a transfer to start
-    from there, or None.
+    from there, or None. `clock` gives seconds: tokens and steps are dated by it, and all that a worker around it does.
+    The records of the last `steps_kept` steps are there to look at.
     """
 
     def __init__(self, runner: Runner, scheduler: Scheduler, limits: Limits,
-                 layer_hook: Callable[[StepPlan], OnLayer | None] | None = None) -> None:
+                 layer_hook: Callable[[StepPlan], OnLayer | None] | None = None,
+                 clock: Callable[[], float] = time.monotonic, steps_kept: int = STEPS_KEPT) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.limits = limits
         self.layer_hook = layer_hook
-        self.history: deque[StepRecord] = deque(maxlen=STEPS_KEPT)
+        self.clock = clock
+        self.history: deque[StepRecord] = deque(maxlen=steps_kept)
         self.num_steps = 0
-        self._ahead: RunningStep | None = None  # begun before the result of the step before it was known
+        self.ahead: RunningStep | None = None  # begun before the result of the step before it was known
         self._abandoned: RunningStep | None = None  # begun like that, and nobody is left to take what it draws
 
     def add(self, request: Request, *, handoff: bool = False) -> None:
@@ -80,12 +83,12 @@ class Engine:
 
         Where the runner can, the step after it is planned and queued meanwhile, so that the device never waits.
         """
-        step, self._ahead = self._ahead or self._begin(self.scheduler.schedule()), None
+        step, self.ahead = self.ahead or self._begin(self.scheduler.schedule()), None
         if step is None:
             return []
         try:
             if step.draws and hasattr(self.runner, "launch"):
-                self._ahead = self._begin(self.scheduler.schedule_ahead(step.plan))
+                self.ahead = self._begin(self.scheduler.schedule_ahead(step.plan))
             result = step.wait()
         except Exception as error:  # whatever broke, the requests of this step get to know and the others go on
             return self._fail_step(step.plan, error)
@@ -94,10 +97,10 @@ class Engine:
             raise
         broken = self._fail_broken_rows(step.plan, result)
         updates = self.scheduler.commit(step.plan, result)
-        now = time.monotonic()
+        now = self.clock()
         self._record(step.plan, result, now)
-        if self._ahead and all(row.sequence.finished for row in self._ahead.plan.rows):
-            self._abandoned, self._ahead = self._ahead, None
+        if self.ahead and all(row.sequence.finished for row in self.ahead.plan.rows):
+            self._abandoned, self.ahead = self.ahead, None
         return broken + [self._event(update, now) for update in updates]
 
     def _begin(self, plan: StepPlan | None) -> RunningStep | None:
@@ -116,10 +119,10 @@ class Engine:
             raise
 
     def _withdraw(self, step: RunningStep) -> None:
-        for running in (step, self._ahead):
+        for running in (step, self.ahead):
             if running is not None:
                 self.scheduler.withdraw(running.plan)
-        self._ahead = None
+        self.ahead = None
 
     def quiesce(self) -> None:
         """Wait for an abandoned step: it still writes to blocks that are free by now.
@@ -133,7 +136,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._ahead is not None
+        return self.scheduler.has_work or self.ahead is not None
 
     def cancel(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
         """End a request, or one of the answers it has begun. Its blocks are free when this returns."""
@@ -152,7 +155,8 @@ class Engine:
         stopped = self.scheduler.cancel(request_id, reason, index)
         if index is not None:
             ended = [sequence.index for sequence in stopped]
-        return [TokenEvent(request_id, i, finish_reason=reason, error=error) for i in ended]
+        now = self.clock()
+        return [TokenEvent(request_id, i, finish_reason=reason, error=error, time=now) for i in ended]
 
     def _on_layer(self, plan: StepPlan) -> OnLayer | None:
         return None if self.layer_hook is None else self.layer_hook(plan)
@@ -178,13 +182,15 @@ class Engine:
             stop_reason=update.stop_reason, time=now)
 
     def _record(self, plan: StepPlan, result: StepResult, end: float) -> None:
+        self.num_steps += 1
+        if not self.history.maxlen:  # a simulation of many workers keeps none
+            return
         rows = tuple(RowRecord(row.request.request_id, row.sequence.index, row.kind, row.num_new, row.num_cached)
                      for row in plan.rows)
         self.history.append(StepRecord(
-            self.num_steps, end - result.duration, rows, tuple(plan.preempted), len(self.scheduler.waiting),
+            self.num_steps - 1, end - result.duration, rows, tuple(plan.preempted), len(self.scheduler.waiting),
             self.scheduler.manager.num_free_blocks, len(plan.copies), result.duration,
             num_drafts=sum(row.num_drafts for row in plan.rows), num_accepted=sum(row.num_accepted for row in plan.rows)))
-        self.num_steps += 1
 
 
 def _raise(error: Exception) -> StepResult:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import astuple, dataclass, replace
 
 from nanopd.core import InvalidRequest, Request
@@ -58,7 +58,9 @@ class Limits:
                                  f"{self.block_size} = {self.max_len} tokens, one of which is for the answer: "
                                  "shorten the prompt or give the cache more blocks")
 
-    def _check_vocabulary(self, name: str, token_ids: Iterable[int]) -> None:
+    def _check_vocabulary(self, name: str, token_ids: Collection[int]) -> None:
+        if set(map(type, token_ids)) <= {int} and min(token_ids, default=0) >= 0 and max(token_ids, default=0) < self.vocab_size:
+            return
         for token in token_ids:
             if type(token) is not int:
                 raise InvalidRequest(f"{name} {token!r} is not an integer: the vocabulary goes from 0 to {self.vocab_size - 1}")

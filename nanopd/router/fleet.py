@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -59,9 +60,10 @@ class Fleet:
     def __init__(self, executor: Executor, max_num_seqs: int) -> None:
         self.executor = executor
         self.workers = {worker_id: WorkerState(role) for worker_id, role in executor.roles.items()}
+        self._changing: dict[str, WorkerState] = {}  # those that have a next role
         self.losses: dict[str, list[str]] = {}  # role -> what became of the workers of that role that are gone
         # A collocated worker has a few in line, to seat them at once; the rest waits where no worker's loss can touch it.
-        self._room = {"C": max_num_seqs + max_num_seqs // 4 + 1, "P": None, "D": max_num_seqs}
+        self._room = {"C": max_num_seqs + max_num_seqs // 4 + 1, "P": math.inf, "D": max_num_seqs}
 
     def send(self, worker_id: str, message: ToWorker) -> None:
         """Pass a message on, if the worker lives."""
@@ -85,11 +87,13 @@ class Fleet:
 
     def choose(self, role: str, num_answers: int = 1) -> str | None:
         """The least loaded worker of a role among those that may have room; None if there is none."""
-        room = self._room[role]
-        candidates = [worker_id for worker_id, worker in self.workers.items()
-                      if worker.takes(role) and worker.refused_at != worker.news
-                      and (room is None or worker.load + num_answers <= room)]
-        return min(candidates, key=lambda worker_id: self.workers[worker_id].load, default=None)
+        chosen, least = None, self._room[role] - num_answers + 1
+        for worker_id, worker in self.workers.items():  # of which there may be a thousand
+            if worker.takes(role) and worker.refused_at != worker.news and (load := worker.load) < least:
+                chosen, least = worker_id, load
+                if load == 0:
+                    break
+        return chosen
 
     def let_go(self, worker_id: str, job: str) -> None:
         """The worker has a job's answers in hand no more."""
@@ -99,6 +103,7 @@ class Fleet:
     def lose(self, worker_id: str, reason: str) -> tuple[str, list[str]]:
         """A worker is gone. Returns what to say about it, and the jobs that it had in hand."""
         worker = self.workers.pop(worker_id)
+        self._changing.pop(worker_id, None)
         what = f"{worker_id} was lost ({reason})"
         self.losses.setdefault(worker.role, []).append(what)
         for destination in worker.writes.values():  # it can't say itself that it writes no more
@@ -130,14 +135,19 @@ class Fleet:
         if worker.role in needed and role != worker.role and not any(other.takes(worker.role) for other in others):
             raise ConfigError(f"{worker_id} is the last {ROLES[worker.role]} worker, and requests need one: "
                               "give another worker that role first")
+        self._changing.pop(worker_id, None)
         worker.next_role = None if role == worker.role else role
+        if worker.next_role is None:
+            return
+        self._changing[worker_id] = worker
         self.change_roles()
 
     def change_roles(self) -> None:
         """Those that are to change, and have nothing in hand any more, do."""
-        for worker_id in self.executor.roles:  # not one that is gone, and whose loss has not been told yet
-            worker = self.workers[worker_id]
-            if worker.next_role is not None and not worker.answers and not worker.writes:
+        for worker_id, worker in list(self._changing.items()):
+            lives = worker_id in self.executor.roles  # it may be gone, and its loss not told yet
+            if lives and not worker.answers and not worker.writes:
+                del self._changing[worker_id]
                 worker.role, worker.next_role = worker.next_role, None
                 self.executor.roles[worker_id] = worker.role
                 self.send(worker_id, SetRole(worker.role))

@@ -30,9 +30,8 @@ from nanopd.paged_attention.build import load_kernels
 from nanopd.workers.links import Address, Links
 from nanopd.workers.transfer import TransferError, Transport
 from nanopd.workers.wire import Wire, wait_for_room
-from nanopd.workers.worker import Worker
+from nanopd.workers.worker import PATIENCE, Worker
 
-PATIENCE = 0.005  # seconds to wait for the last layers of a prompt just computed, rather than a whole step
 NOTHING_RAN = 0.005  # seconds until a worker whose requests all wait for blocks looks again
 
 

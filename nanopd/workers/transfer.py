@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
-from nanopd.block_manager.cache import KVCache
 from nanopd.core import PlanRow, TransferRecord
 from nanopd.messages import Destination
+
+if TYPE_CHECKING:  # a worker without tensors, as the simulator has, runs without torch
+    from nanopd.block_manager.cache import KVCache
 
 SEND_TOKENS = 4096  # tokens of a send, counted in each of its layers; fewer take as long to launch as to travel
 
@@ -68,15 +71,17 @@ class Transfer:
     A block that a chunk leaves half full is sent again, fuller, with the next one.
     """
 
-    def __init__(self, transport: Transport, destination: Destination, block_size: int, num_layers: int) -> None:
+    def __init__(self, transport: Transport, destination: Destination, block_size: int, num_layers: int,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         self.destination = destination
         self.num_sent = destination.num_cached  # tokens whose KV, in all layers, is on its way or there
         self.blocks_sent = 0  # counted over all steps, one layer
-        self.start: float | None = None  # seconds, monotonic clock: when the first blocks were sent
+        self.start: float | None = None  # seconds, by the clock: when the first blocks were sent
         self.computed: float | None = None  # when the prompt's last step had ended
         self._transport = transport
         self._block_size = block_size
         self._num_layers = num_layers
+        self._clock = clock
         self._ticket: Ticket = Arrived()
         self._error: TransferError | None = None  # what kept blocks from being sent
 
@@ -90,7 +95,7 @@ class Transfer:
         layers = range(layer - layer % -(-SEND_TOKENS // row.num_new), layer + 1)
         if blocks and (is_last or len(layers) * row.num_new >= SEND_TOKENS):
             source, destination = row.block_table, self.destination.block_ids
-            self.start = self.start or time.monotonic()
+            self.start = self._clock() if self.start is None else self.start
             try:
                 self._ticket = self._transport.send(layers, [source[i] for i in blocks], [destination[i] for i in blocks])
             except TransferError as error:
@@ -107,10 +112,11 @@ class Transfer:
 
     def record(self, request_id: str, bytes_per_block: int) -> TransferRecord:
         """What there is to say about it once it has arrived."""
-        now = time.monotonic()
+        now = self._clock()
+        start, computed = (now if when is None else when for when in (self.start, self.computed))
         return TransferRecord(
             request_id, self.destination.worker_id, self._transport.name, self.num_sent - self.destination.num_cached,
-            self.blocks_sent * bytes_per_block, self.start or now, self.computed or now, now)
+            self.blocks_sent * bytes_per_block, start, computed, now)
 
     def _blocks_to_send(self, row: PlanRow) -> range:
         """Places in the block table."""

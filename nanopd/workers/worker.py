@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
-from nanopd.block_manager.cache import KVCache
 from nanopd.block_manager.manager import Lease
 from nanopd.core import PlanRow, Request, SequenceGroup, StepPlan, TokenEvent, TransferRecord
 from nanopd.engine.engine import Engine, OnLayer
@@ -38,10 +37,13 @@ from nanopd.messages import (
     WriteEnded,
     Written,
 )
-from nanopd.workers.checksum import checksum
 from nanopd.workers.transfer import Transfer, TransferError, Transport
 
+if TYPE_CHECKING:  # a worker without tensors, as the simulator has, runs without torch
+    from nanopd.block_manager.cache import KVCache
+
 TRANSFERS_KEPT = 4096
+PATIENCE = 0.005  # seconds to wait for the last layers of a prompt just computed, rather than a whole step
 
 
 class Worker:
@@ -136,7 +138,8 @@ class Worker:
         except TransferError as error:
             self.outbox.append(TransferFailed(request_id, destination, str(error)))
             return
-        self.transfers[request_id] = Transfer(transport, destination, self.manager.block_size, self.cache.num_layers)
+        self.transfers[request_id] = Transfer(transport, destination, self.manager.block_size, self.cache.num_layers,
+                                              self.engine.clock)
         self.engine.add(message.request, handoff=True)
 
     def _resume(self, message: Resume) -> None:
@@ -189,15 +192,15 @@ class Worker:
         Also requests that ended here, by their first token, a fault or a cancel: they leave leases to be given back, as
         soon as nobody writes there any more.
         """
-        now = time.monotonic()
+        now = self.engine.clock()
         deadline = now + patience
         for request_id, transfer in list(self.transfers.items()):
             handed_off = request_id in self.engine.scheduler.handed_off
             if not handed_off and self.engine.scheduler.find(request_id) is not None:
                 continue  # its prompt is being computed
-            transfer.computed = transfer.computed or now
+            transfer.computed = now if transfer.computed is None else transfer.computed
             try:
-                if not transfer.arrived(max(0.0, deadline - time.monotonic())):
+                if not transfer.arrived(max(0.0, deadline - self.engine.clock())):
                     continue
             except TransferError as error:
                 self._give_up(request_id, str(error))
@@ -228,6 +231,8 @@ class Worker:
     def _checksum(self, request: Request, block_ids: list[int], num_cached: int) -> int:
         """Of what travelled. The first `num_cached` tokens were at the destination: in other batches, or by another worker,
         computed to slightly other values."""
+        from nanopd.workers.checksum import checksum  # only here are there tensors
+
         first = num_cached // self.manager.block_size
         num_tokens = len(request.prompt_token_ids) - first * self.manager.block_size
         return checksum(self.cache, block_ids[first:], num_tokens)

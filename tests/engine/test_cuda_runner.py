@@ -88,7 +88,7 @@ def test_steady_decode_runs_ahead_in_graphs(on_gpu, counts) -> None:
         graph.graph.replay = replay
     for _ in range(10):
         llm.engine.step()
-        assert llm.engine._ahead is not None
+        assert llm.engine.ahead is not None
     assert replays == 10
 
 
