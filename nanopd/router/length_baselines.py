@@ -4,6 +4,7 @@ constant. None of them looks at the prompt, or minds that an answer was cut."""
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import deque
 from statistics import NormalDist, fmean, pstdev
@@ -11,17 +12,17 @@ from statistics import NormalDist, fmean, pstdev
 from nanopd.router.length_predictor import LengthForecast, check_answer, check_probability, check_question
 
 
-class _Forecast:
+class _Forecast(ABC):
     """From `_above`, the probability that an answer without a limit is longer than a length and its inverse `_at`."""
 
     def __init__(self, max_tokens: int, written: int) -> None:
         self.max_tokens, self.written = max_tokens, written
 
-    def _above(self, length: int) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def _above(self, length: int) -> float: ...
 
-    def _at(self, share: float) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def _at(self, share: float) -> float: ...
 
     def exceeds(self, length: float) -> float:
         length = math.floor(length)
