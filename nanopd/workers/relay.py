@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
 from nanopd.block_manager.cache import KVCache
+from nanopd.paged_attention.host import upload
 from nanopd.workers.channel import (
     SLOTS,
     Arrival,
@@ -23,43 +25,82 @@ from nanopd.workers.channel import (
 )
 from nanopd.workers.memory import HostMemory, Pinned, SharedMemory
 
+ROOMS = 2  # of which slots have one in turn
+
+
+class Room:
+    """Memory of a GPU for as much as a slot holds. One stream fills it, ahead of the current one, which empties it."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self._emptied = torch.cuda.Event()  # until it is first recorded, nobody waits for it
+
+    @contextmanager
+    def filled_by(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        """A context in which torch works on that stream, once the room is empty. Behind it the current stream waits."""
+        stream.wait_event(self._emptied)
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def empty(self) -> None:
+        """When the current stream has come so far."""
+        self._emptied.record()
+
 
 class Ring:
-    """One process's side of the slots: shared memory, pinned for this side's GPU, and as much room there as a slot has.
+    """One process's side of the slots: shared memory, and pinned for this side's GPU if it has one.
 
-    On a GPU a kernel gathers scattered blocks into the room, from where one copy fills the slot, or the other way round.
+    On a GPU a kernel gathers scattered blocks into a room there, from where one copy fills the slot, or the other way
+    round. Of two rooms and two streams one is copied while the other is gathered or scattered, so that copies follow each
+    other closely.
     """
 
     def __init__(self, memory: Tensor, cache: KVCache) -> None:
         self._slots = memory.view(SLOTS, -1)
         self._cache = cache
-        self._room: Tensor | None = None
+        self._rooms: list[Room] = []
         self._pinned: Pinned | None = None
         if cache.data.is_cuda:
-            self._pinned = Pinned(memory, cache.data.device)
-            self._room = torch.empty(self._slots.shape[1], dtype=torch.uint8, device=cache.data.device)
+            device = cache.data.device
+            self._pinned = Pinned(memory, device)
+            self._rooms = [Room(self._slots.shape[1], device) for _ in range(ROOMS)]
+            self._ahead = torch.cuda.Stream(device)
 
-    def pack(self, layers: range, block_ids: list[int], slot: int) -> None:
-        """From the cache to a slot, as soon as the current stream has come so far."""
+    def pack(self, layers: range, block_ids: list[int], slot: int, computed: torch.cuda.Event | None) -> None:
+        """From the cache to a slot, as soon as `computed` has passed and the current stream has come so far."""
         blocks = view_blocks(self._slots[slot], self._cache, layers, len(block_ids))
-        if self._room is None:
+        if not self._rooms:
             self._cache.pack(layers, block_ids, blocks)
             return
-        gathered = view_blocks(self._room, self._cache, layers, len(block_ids))
-        self._cache.pack(layers, block_ids, gathered)
+        room = self._rooms[slot % ROOMS]
+        gathered = view_blocks(room.memory, self._cache, layers, len(block_ids))
+        with room.filled_by(self._ahead):
+            self._ahead.wait_event(computed)  # type: ignore[arg-type]
+            self._cache.pack(layers, block_ids, gathered)
         blocks.copy_(gathered, non_blocking=True)
+        room.empty()
 
     def unpack(self, layers: range, block_ids: list[int], slot: int) -> None:
         """From a slot to the cache, as soon as the current stream has come so far."""
         blocks = view_blocks(self._slots[slot], self._cache, layers, len(block_ids))
-        if self._room is not None:
-            blocks = view_blocks(self._room, self._cache, layers, len(block_ids)).copy_(blocks, non_blocking=True)
-        self._cache.unpack(layers, block_ids, blocks)
+        if not self._rooms:
+            self._cache.unpack(layers, block_ids, blocks)
+            return
+        room = self._rooms[slot % ROOMS]
+        gathered = view_blocks(room.memory, self._cache, layers, len(block_ids))
+        with room.filled_by(self._ahead):
+            index = upload(block_ids, self._cache.data.device)  # later it would stand in line behind the next piece's copy
+            gathered.copy_(blocks, non_blocking=True)
+        index.record_stream(torch.cuda.current_stream())
+        self._cache.unpack(layers, index, gathered)
+        room.empty()
 
     def close(self) -> None:
         if self._pinned is not None:
+            self._ahead.synchronize()
             self._pinned.close()
-        self._room = None
+        self._rooms.clear()
         self._slots = torch.empty(0, dtype=torch.uint8)
 
 
@@ -83,9 +124,7 @@ class PinnedRelayTransport(TwoSidedTransport):
         super().__init__(source, connection, slot_bytes)
 
     def _load(self, piece: Piece, slot: int) -> torch.cuda.Event | None:
-        if piece.computed is not None:
-            self._work.stream.wait_event(piece.computed)  # type: ignore[union-attr]
-        self._ring.pack(piece.layers, piece.source_blocks, slot)
+        self._ring.pack(piece.layers, piece.source_blocks, slot, piece.computed)
         return self._work.record()
 
     def _abandon(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from workers.far_end import Handle, fill, make_cache
 from nanopd.workers import channel
 from nanopd.workers.checksum import checksum
 from nanopd.workers.links import Links
+from nanopd.workers.memory import SharedMemory
+from nanopd.workers.relay import Ring
 from nanopd.workers.transfer import TransferError
 
 pytestmark = pytest.mark.gpu
@@ -109,6 +112,33 @@ def test_many_sends_in_flight_arrive_in_order(pair, transport):
     tickets = [link.send(range(LAYERS), [i % BLOCKS, (i + 1) % BLOCKS], [4, 6]) for i in range(200)]
     assert tickets[-1].wait(30) and all(ticket.wait(0) for ticket in tickets)
     assert torch.equal(far.data()[:, :, [4, 6]], cache.data[:, :, [199 % BLOCKS, 200 % BLOCKS]].float().cpu())
+
+
+def test_a_relays_room_is_filled_again_only_when_it_is_empty():
+    """Even where what empties the rooms is late, and what fills them could run ahead."""
+    cache, pieces = make_cache(channel.SLOTS, "cuda:0", torch.bfloat16, SHAPE), range(channel.SLOTS)
+    fill(cache, 1)
+    expected, stream = cache.data.clone(), torch.cuda.Stream()
+    shared = SharedMemory(channel.SLOTS * cache.bytes_per_block)
+    ring = Ring(shared.data, cache)
+
+    def move_late(move):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(SECOND // 4)
+            for i in pieces:
+                move(range(LAYERS), [i], i)
+        assert not stream.query(), "there was time for all of it: this test shows nothing"
+        stream.synchronize()
+
+    move_late(partial(ring.pack, computed=torch.cuda.current_stream().record_event()))
+    for i, slot in enumerate(shared.data.view(channel.SLOTS, -1)):
+        assert torch.equal(channel.view_blocks(slot, cache, range(LAYERS), 1), expected[:, :, i : i + 1].cpu()), f"slot {i}"
+    cache.poison(pieces)
+    move_late(ring.unpack)
+    assert torch.equal(cache.data, expected)
+    ring.close()
+    shared.close()
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
