@@ -1,4 +1,4 @@
-// What Hopper brought: mbarriers, the tensor memory accelerator (TMA), its copies of bytes and its maps of matrices.
+// Hopper's own machinery for the kernels of `linear`: mbarriers, the tensor memory accelerator, its maps of matrices.
 #pragma once
 
 #include <cuda.h>
@@ -7,7 +7,7 @@
 
 namespace nanopd {
 
-// For the kernels of `linear`. Shared memory for a block, such that two kernels' blocks fit a multiprocessor: this one's, and the next one's with its
+// Shared memory for a block, such that two kernels' blocks fit a multiprocessor: this one's, and the next one's with its
 // weights. Of two such kernels in a row one takes the larger part, more than half, so that none of its blocks can share
 // a multiprocessor with another of its own, nor then can the other's: who shares one has half the memory's attention,
 // and all wait for the last.
@@ -46,29 +46,6 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
         "r"(parity)
         : "memory");
 }
-
-// `bytes` from global to shared memory, counted at `full`. They and both addresses are multiples of 16, here and below.
-__device__ __forceinline__ void load_bytes(void* target, const void* source, int bytes, uint64_t* full) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(target)),
-                 "l"(source), "r"(bytes), "r"(shared_address(full))
-                 : "memory");
-}
-
-// `bytes` from shared to global memory. The two waits are for all that this thread has stored so.
-__device__ __forceinline__ void store_bytes(void* target, const void* source, int bytes) {
-    asm volatile(
-        "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
-        "cp.async.bulk.commit_group;\n" ::"l"(target),
-        "r"(shared_address(source)), "r"(bytes)
-        : "memory");
-}
-
-// Until the shared memory may be written again.
-__device__ __forceinline__ void wait_until_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-
-// Until the global memory holds it.
-__device__ __forceinline__ void wait_until_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // The box of `map` at these coordinates to shared memory; its bytes are counted at `full`.
 __device__ __forceinline__ void load_box(void* target, const CUtensorMap* map, int at0, int at1, int at2,

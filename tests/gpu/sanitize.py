@@ -54,8 +54,7 @@ def calls() -> None:
             cuda.rms_norm(x, x[0].clone(), 1e-6)
             cuda.silu_and_mul(x)
             cuda.greedy_sample(x)
-        for max_thread_blocks in (0, 2):
-            cuda.move_blocks(case.key_cache, ints([0, 2], torch.int64), case.value_cache, ints([1, 3], torch.int64), max_thread_blocks)
+        cuda.move_blocks(case.key_cache, ints([0, 2], torch.int64), case.value_cache, ints([1, 3], torch.int64))
         cuda.embed(ints([3, -1], torch.int64), ints([0, 2], torch.int64), ints([4], torch.int64), normal(9, 96, dtype=dtype), rotation)
         for tokens in (1, 7, 16, 40, 100):
             x, weight = normal(tokens, 256, dtype=dtype), normal(512, 256, dtype=dtype)

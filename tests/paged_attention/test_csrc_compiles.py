@@ -18,7 +18,7 @@ from nanopd.paged_attention import build
 pytestmark = [pytest.mark.skipif(build.find_nvcc() is None, reason="needs nvcc"), pytest.mark.timeout(600)]
 SOURCES = [path for path in build.cuda_sources() if path.suffix in (".cu", ".cpp")]
 SLOWEST_FIRST = sorted(SOURCES, key=lambda path: path.stat().st_size, reverse=True)
-DECODE, CACHE = "decode_attention", "cache"
+DECODE = "decode_attention"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def _compile(source: Path, folder: Path) -> Compiled:
     # 8.9 has no instructions of its own here, so it shares the front end's work with 8.0
     architectures = ["-gencode=arch=compute_80,code=[sm_80,sm_89]", *build.arch_flags(["90a"])]
     # only where registers are counted is the compiler asked to do its best, which takes it long
-    effort = ["-Xptxas", "-v"] if source.stem in (DECODE, CACHE) else ["-Xcicc", "-O1", "-Xptxas", "-O1"]
+    effort = ["-Xptxas", "-v"] if source.stem == DECODE else ["-Xcicc", "-O1", "-Xptxas", "-O1"]
     command = [build.find_nvcc(), *build.NVCC_FLAGS, *architectures, *effort, *build.torch_flags(), "-c", str(source), "-o", str(target)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     return Compiled(target, ran.returncode, ran.stdout + ran.stderr)
@@ -64,12 +64,6 @@ def test_the_decode_kernel_s_main_instances_do_not_spill(compiled, arch):
             spills[kernel] = int(spilled)
     assert len(spills) >= 4, "the kernel's name has changed?"
     assert not any(spills.values()), spills
-
-
-def test_the_copy_kernel_fits_beside_a_matrix_product(compiled):
-    """In what 384 threads with 168 registers each leave of Hopper's."""
-    found = re.findall(r"function '\w*tma_move_blocks\w*' for 'sm_90a'.*?Used (\d+) registers", compiled[CACHE].said, re.DOTALL)
-    assert [int(registers) <= 32 for registers in found] == [True], found
 
 
 def test_the_library_loads_on_any_torch_and_refuses_cpu_tensors_in_words(compiled, tmp_path):
