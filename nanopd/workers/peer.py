@@ -13,7 +13,7 @@ from nanopd.paged_attention.host import upload
 from nanopd.workers.memory import DeviceMemory, HostMemory, MappedDeviceMemory
 from nanopd.workers.transfer import Arrived, Ticket, TransferError
 
-THREAD_BLOCKS = 64  # of the copy kernel, so that a prefill beside it keeps most of the GPU
+THREAD_BLOCKS = 96  # of the copy kernel: they fill the link, and matrix products beside them take no longer
 BLOCK_LISTS = 64  # that are kept on the device: every layer of a chunk sends the same blocks
 FIRST_PAUSE, LONGEST_PAUSE = 50e-6, 2e-3  # seconds between two looks at an event
 
