@@ -75,8 +75,6 @@ class Wire:
         try:
             while count := self._socket.recv_into(self._piece):
                 self._incoming += self._piece[:count]
-                if count < PIECE:  # that was all; if it was the end as well, the next look finds nothing
-                    return True
         except BlockingIOError:
             return True
         except OSError:
