@@ -182,10 +182,10 @@ class Client(ABC):
                 events = self.step()
                 progress.update(streams, sum(stream.finished for stream in streams) - before, events)
                 self._submit_first(waiting, streams)
-        finally:  # an interrupt must not leave requests behind
+        finally:  # an interrupt must not leave requests behind, nor one whose stream it kept from being returned
             progress.close()
-            for stream in streams:
-                stream.close()
+            for request in requests:
+                self.cancel(request.request_id)
         return [stream.result() for stream in streams]
 
     def _submit_first(self, waiting: deque[Request], streams: list[Stream]) -> None:

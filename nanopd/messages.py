@@ -58,12 +58,12 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Resume:
-    """The prompt's KV is in the lease's blocks: decode from what is written on.
+    """The KV of the prompt that the lease was granted for is in its blocks: decode from what is written on.
 
     With a `checksum` the worker looks first whether it is; answers Corrupted if not.
     """
 
-    request: Request
+    request_id: str
     lease_id: int
     written: list[Written]
     checksum: int | None = None

@@ -69,11 +69,12 @@ class Engine:
 
     def add(self, request: Request, *, handoff: bool = False) -> None:
         """Queue a request. Raises InvalidRequest if this engine could never serve it."""
+        self.limits.check(request)
         self.add_group(SequenceGroup(request, handoff=handoff))
 
     def add_group(self, group: SequenceGroup) -> None:
-        """Queue a request of which something may be written already: that is recomputed, and the answers go on."""
-        self.limits.check(group.request)
+        """Queue a request that `limits` allow, as somebody has seen to. Something may be written already: that is recomputed,
+        and the answers go on."""
         if self.scheduler.find(group.request_id) is not None:
             raise ValueError(f"request {group.request_id!r} is being served already")
         self.scheduler.add(group)

@@ -10,6 +10,7 @@ import torch
 
 from nanopd.block_manager.cache import KVCache
 from nanopd.block_manager.manager import BlockSpaceManager
+from nanopd.block_manager.pool import EVENTS_KEPT
 from nanopd.config import CacheConfig, ConfigError, ModelSpec, SchedulerConfig
 from nanopd.engine.cuda_runner import CudaRunner
 from nanopd.engine.engine import Engine
@@ -78,7 +79,8 @@ def resolve_device(device: str | None) -> torch.device:
     return resolved
 
 
-def build_engine(model: Decoder, device: torch.device, options: EngineOptions, cache_share: float = 1.0) -> Engine:
+def build_engine(model: Decoder, device: torch.device, options: EngineOptions, cache_share: float = 1.0,
+                 events_kept: int = EVENTS_KEPT) -> Engine:
     """An engine around a loaded model, with a KV cache in `cache_share` of the memory its GPU has left.
 
     Raises:
@@ -92,7 +94,7 @@ def build_engine(model: Decoder, device: torch.device, options: EngineOptions, c
         num_blocks = _num_blocks(spec, dtype, device, max_model_len, options, cache_share)
     cache_config = CacheConfig(num_blocks, options.block_size, options.enable_prefix_caching, options.watermark)
     cache = _allocate(spec, cache_config, device, dtype)
-    manager = BlockSpaceManager.from_config(cache_config)
+    manager = BlockSpaceManager.from_config(cache_config, events_kept)
     scheduler_config = SchedulerConfig(
         options.max_num_seqs, options.max_num_batched_tokens, options.prefill_chunk_size, max_model_len)
     limits = Limits(spec.vocab_size, max_model_len, num_blocks, options.block_size, options.max_num_seqs)

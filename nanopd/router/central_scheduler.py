@@ -285,7 +285,7 @@ class CentralScheduler:
         entry.stage = Stage.DECODE
         self._enter(entry, entry.server)
         written = message.written if entry.request.beam else entry.written()
-        self.fleet.send(entry.server, Resume(entry.job_request, message.destination.lease_id, written, message.checksum))
+        self.fleet.send(entry.server, Resume(entry.job, message.destination.lease_id, written, message.checksum))
 
     def _on_write_ended(self, worker_id: str, message: WriteEnded) -> None:
         del self.fleet.workers[worker_id].writes[message.request_id]

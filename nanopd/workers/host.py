@@ -7,32 +7,35 @@ told to Stop. When the connection ends without that, its parent is gone, and so 
 from __future__ import annotations
 
 import os
-import queue
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import wait
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
+from nanopd.block_manager.pool import EVENTS_KEPT
 from nanopd.config import ConfigError
 from nanopd.engine.factory import EngineOptions, build_engine
 from nanopd.engine.limits import Limits
 from nanopd.messages import FromWorker, Ping, Pong, Tokens, ToWorker
 from nanopd.models.loader import ModelError, load_model
 from nanopd.paged_attention.build import load_kernels
+from nanopd.workers.affinity import stay_near
 from nanopd.workers.links import Address, Links
 from nanopd.workers.transfer import TransferError, Transport
-from nanopd.workers.wire import Wire, wait_for_room
+from nanopd.workers.wire import Wire, wait_for, wait_for_end, wait_for_room
 from nanopd.workers.worker import PATIENCE, Worker
 
+BRIEFLY = 1e-4  # seconds that first tokens wait for the last layers right behind them, to go in one message
 NOTHING_RAN = 0.005  # seconds until a worker whose requests all wait for blocks looks again
+LAST_STEP = 5.0  # seconds that a step may still take once the parent is gone
 
 
 @dataclass(frozen=True)
@@ -93,17 +96,19 @@ ToHost = tuple[str, ToWorker] | tuple[None, Learn | Forget | Ping | Stop]
 FromHost = tuple[str, FromWorker] | tuple[None, Ready | Failed | Pong]
 
 
-def build_workers(spec: HostSpec, connect: Callable[[str, str], Transport]) -> dict[str, Worker]:
+def build_workers(spec: HostSpec, connect: Callable[[str, str], Transport],
+                  events_kept: int = EVENTS_KEPT) -> dict[str, Worker]:
     """The workers of a spec, in this process: each with a cache of its own, all with the same weights.
 
-    `connect(source, destination)` gives the transport from worker to worker. Raises ConfigError and ModelError.
+    `connect(source, destination)` gives the transport from worker to worker; `events_kept` is the block managers'. Raises
+    ConfigError and ModelError.
     """
     device = torch.device(spec.device)
     model = load_model(spec.model, device=device, dtype=spec.dtype, load_format=spec.load_format, seed=spec.seed)
     workers = {}
     for num_built, (worker_id, role) in enumerate(spec.roles.items()):
         share = 1 / (len(spec.roles) - num_built)  # of the memory that the others have left
-        engine = build_engine(model, device, spec.options, cache_share=share)
+        engine = build_engine(model, device, spec.options, share, events_kept)
         workers[worker_id] = Worker(
             worker_id, role, engine, engine.runner.cache, partial(connect, worker_id), spec.checksums)
     return workers
@@ -112,41 +117,52 @@ def build_workers(spec: HostSpec, connect: Callable[[str, str], Transport]) -> d
 class Host:
     """The workers of this process, stepped in turn while they have work."""
 
-    def __init__(self, spec: HostSpec) -> None:
+    def __init__(self, spec: HostSpec, wire: Wire) -> None:
+        self._wire = wire
         self.links = Links(spec.host, spec.transport, torch.device(spec.device))
-        self.workers = build_workers(spec, self.links.connect)
+        self.workers = build_workers(spec, self.links.connect, events_kept=0)  # nobody could look at them in here
+        self._num_said = 0
+        for worker in self.workers.values():
+            worker.on_handover = partial(self._pass_on, worker)
         self.addresses = {worker_id: self.links.publish(worker_id, worker.cache) for worker_id, worker in self.workers.items()}
 
     @property
     def limits(self) -> dict[str, Limits]:
         return {worker_id: worker.engine.limits for worker_id, worker in self.workers.items()}
 
-    def run(self, inbox: queue.SimpleQueue[ToHost], wire: Wire) -> None:
-        """Serve until told to stop. Raises RuntimeError where the device is broken: what ran here can run elsewhere."""
+    def run(self) -> None:
+        """Serve until told to stop.
+
+        Raises:
+            EOFError: the parent is gone.
+            RuntimeError: the device is broken. What ran here can run elsewhere.
+        """
         patience: float | None = None  # seconds to wait for mail; None: nobody has work, so for as long as it takes
-        while self._take_mail(inbox, wire, patience):
-            ran = [self._step(worker, wire) for worker in self.workers.values() if worker.has_work]
+        while self._take_mail(patience):
+            ran = [self._step(worker) for worker in self.workers.values() if worker.has_work]
             patience = (0.0 if any(ran) else NOTHING_RAN) if ran else None
 
     def close(self) -> None:
         self.links.close()
 
-    def _take_mail(self, inbox: queue.SimpleQueue[ToHost], wire: Wire, patience: float | None) -> bool:
-        """Hand out what has come. Returns whether to go on."""
-        try:
-            worker_id, message = inbox.get(timeout=patience) if patience != 0 else inbox.get_nowait()
-            while True:
-                if worker_id is not None:
-                    self.workers[worker_id].inbox.append(message)
-                elif isinstance(message, Stop):
-                    return False
-                else:
-                    self._take_own(message, wire)
-                worker_id, message = inbox.get_nowait()
-        except queue.Empty:
-            return True
+    def _take_mail(self, patience: float | None) -> bool:
+        """Hand out what has come. Returns whether to go on.
 
-    def _take_own(self, message: Learn | Forget | Ping, wire: Wire) -> None:
+        This thread reads for itself: to be woken by one that reads would take longer than the message took to get here.
+        The parent never waits for that, since it keeps what the socket does not take.
+        """
+        if patience != 0:
+            wait_for([self._wire], patience)
+        for worker_id, message in self._wire.receive():
+            if worker_id is not None:
+                self.workers[worker_id].inbox.append(message)
+            elif isinstance(message, Stop):
+                return False
+            else:
+                self._take_own(message)
+        return True
+
+    def _take_own(self, message: Learn | Forget | Ping) -> None:
         match message:
             case Learn():
                 self.links.learn(message.addresses)
@@ -154,27 +170,28 @@ class Host:
                 for worker_id in message.worker_ids:
                     self.links.forget(worker_id)
             case Ping():
-                _say(wire, [(None, Pong())])
+                _say(self._wire, [(None, Pong())])
 
-    def _step(self, worker: Worker, wire: Wire) -> bool:
+    def _step(self, worker: Worker) -> bool:
         """Returns whether there was anything to do, other than to wait for blocks."""
-        steps_before = worker.engine.num_steps
+        said_before, steps_before = self._num_said, worker.engine.num_steps
         worker.step()
-        said_something = self._pass_on(worker, wire)  # first tokens need not wait for the last layers
+        if worker.transfers:
+            worker.finish_transfers(BRIEFLY)
+        self._pass_on(worker)
         if worker.transfers:
             worker.finish_transfers(PATIENCE)
-            said_something |= self._pass_on(worker, wire)
-        return said_something or worker.engine.num_steps > steps_before or bool(worker.transfers)
+            self._pass_on(worker)
+        return self._num_said > said_before or worker.engine.num_steps > steps_before or bool(worker.transfers)
 
-    @staticmethod
-    def _pass_on(worker: Worker, wire: Wire) -> bool:
-        """Say what is in the outbox. Returns whether there was anything."""
+    def _pass_on(self, worker: Worker) -> None:
+        """Say what is in the outbox."""
         messages = list(worker.outbox)
         worker.outbox.clear()
         _raise_if_broken(messages)
         if messages:
-            _say(wire, [(worker.worker_id, message) for message in messages])
-        return bool(messages)
+            self._num_said += len(messages)
+            _say(self._wire, [(worker.worker_id, message) for message in messages])
 
 
 def _raise_if_broken(messages: list[FromWorker]) -> None:
@@ -190,19 +207,11 @@ def _say(wire: Wire, messages: list[FromHost]) -> None:
     wait_for_room(wire)
 
 
-def _listen(wire: Wire, inbox: queue.SimpleQueue[Any]) -> None:
-    """Take in what the parent says, so that it never waits for a step to end."""
-    stopping = False
-    while True:
-        wait([wire])
-        try:
-            for message in wire.receive():
-                inbox.put(message)
-                stopping = isinstance(message, tuple) and isinstance(message[1], Stop)
-        except EOFError:
-            if stopping:
-                return
-            _leave(1)  # the parent is gone, and the main thread may be in a step that never ends
+def _outlive(wire: Wire) -> None:
+    """Leave a little after the parent, where the main thread has not: it may be in a step that never ends."""
+    wait_for_end(wire)
+    time.sleep(LAST_STEP)
+    _leave(1)
 
 
 def main(descriptor: int) -> None:
@@ -210,15 +219,16 @@ def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     os.set_inheritable(descriptor, False)
     wire = Wire(socket.socket(fileno=descriptor))
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(wire, inbox), daemon=True).start()
+    threading.Thread(target=_outlive, args=(wire,), daemon=True).start()
     try:
-        spec = inbox.get()
+        spec = _receive_spec(wire)
         _prepare(spec)
-        host = Host(spec)
+        host = Host(spec, wire)
         _say(wire, [(None, Ready(host.limits, host.addresses))])
-        host.run(inbox, wire)
+        host.run()
         host.close()
+    except EOFError:
+        _leave(1)
     except Exception as error:
         _say(wire, [(None, Failed(_tellable(error)))])
         _leave(1)
@@ -231,10 +241,19 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _receive_spec(wire: Wire) -> HostSpec:
+    """What the parent says first; nothing else until the host is ready."""
+    while True:
+        wait_for([wire])
+        for message in wire.receive():
+            return message
+
+
 def _prepare(spec: HostSpec) -> None:
     torch.set_num_threads(spec.num_threads)
     if torch.device(spec.device).type == "cuda":
         torch.cuda.set_device(spec.device)  # or events, pinned memory and a context of this process would be on GPU 0
+        stay_near(torch.device(spec.device))
         load_kernels()  # may compile for a minute, which a step must not
 
 

@@ -15,6 +15,7 @@ from nanopd.workers.transfer import Arrived, Ticket, TransferError
 
 THREAD_BLOCKS = 96  # of the copy kernel: they fill the link, and matrix products beside them take no longer
 BLOCK_LISTS = 64  # that are kept on the device: every layer of a chunk sends the same blocks
+AT_ONCE = 50e-6  # seconds of looking at an event without a pause: a prompt's last layer is there before a sleep would end
 FIRST_PAUSE, LONGEST_PAUSE = 50e-6, 2e-3  # seconds between two looks at an event
 
 
@@ -65,7 +66,7 @@ class PeerTransport:
 
 
 class EventTicket:
-    """Arrived when all that a stream has been given so far is done. Waiting for it does not spin."""
+    """Arrived when all that a stream has been given so far is done. Waiting for it does not spin for long."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._event = torch.cuda.Event(blocking=True)
@@ -75,11 +76,14 @@ class EventTicket:
         if timeout is None:
             self._event.synchronize()
             return True
-        deadline, pause = time.monotonic() + timeout, FIRST_PAUSE
+        begin, pause = time.monotonic(), FIRST_PAUSE
         while not self._event.query():
-            left = deadline - time.monotonic()
+            waited = time.monotonic() - begin
+            left = timeout - waited
             if left <= 0:
                 return False
+            if waited < AT_ONCE:
+                continue
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
         return True

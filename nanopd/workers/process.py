@@ -174,10 +174,15 @@ class ProcessExecutor:
 
     def _exchange(self, timeout: float) -> None:
         """Wait until a host says something, at most `timeout` seconds; take in what all have said; look for the dead."""
-        wait_for([host.wire for host in self._hosts], min(timeout, WATCH_EVERY))
+        ready = wait_for([host.wire for host in self._hosts], min(timeout, WATCH_EVERY))
         with uninterrupted():
             for host in list(self._hosts):
-                self._listen(host)
+                if host.wire.fileno() in ready:
+                    self._listen(host)
+                elif host.is_hanging(self._hang_timeout):
+                    host.process.kill()
+                    host.reap()
+                    self._bury(host, f"did not answer for {self._hang_timeout:g} s")
 
     def _listen(self, host: HostProcess) -> None:
         host.wire.flush()
@@ -186,11 +191,6 @@ class ProcessExecutor:
                 self._take(host, worker_id, message)
         except EOFError:
             self._bury(host, host.reap())
-        else:
-            if host.is_hanging(self._hang_timeout):
-                host.process.kill()
-                host.reap()
-                self._bury(host, f"did not answer for {self._hang_timeout:g} s")
 
     def _take(self, host: HostProcess, worker_id: str | None, message: FromHost) -> None:
         match message:

@@ -17,6 +17,7 @@ from typing import Any
 
 LENGTH = struct.Struct("!Q")
 PIECE = 2**18  # bytes for the socket at a time
+_is_held_back = False  # Ctrl-C, by the main thread
 
 
 class Wire:
@@ -28,6 +29,7 @@ class Wire:
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._socket = connection
+        self._piece = memoryview(bytearray(PIECE))  # what is read goes here first: a buffer for each look would cost more
         self._incoming = bytearray()
         self._outgoing = bytearray()
 
@@ -71,8 +73,8 @@ class Wire:
     def _fill(self) -> bool:
         """Read what is there. Returns whether there may be more later."""
         try:
-            while piece := self._socket.recv(PIECE):
-                self._incoming += piece
+            while count := self._socket.recv_into(self._piece):
+                self._incoming += self._piece[:count]
         except BlockingIOError:
             return True
         except OSError:
@@ -90,12 +92,15 @@ class Wire:
         del self._incoming[:start]
 
 
-def wait_for(wires: Iterable[Wire], timeout: float | None = None) -> None:
-    """Sleep until one of them has something to receive or room for what it could not send, or `timeout` seconds."""
+def wait_for(wires: Iterable[Wire], timeout: float | None = None) -> set[int]:
+    """Sleep until one of them has something to receive or room for what it could not send, or `timeout` seconds.
+
+    Returns the file numbers of those that have.
+    """
     poll = select.poll()
     for wire in wires:
         poll.register(wire, select.POLLIN | (select.POLLOUT if wire.has_unsent else 0))
-    poll.poll(None if timeout is None else timeout * 1000)
+    return {number for number, _ in poll.poll(None if timeout is None else timeout * 1000)}
 
 
 def wait_for_room(wire: Wire) -> None:
@@ -107,18 +112,32 @@ def wait_for_room(wire: Wire) -> None:
         wire.flush()
 
 
+def wait_for_end(wire: Wire) -> None:
+    """Sleep until the other end is gone, whatever there is to receive."""
+    poll = select.poll()
+    poll.register(wire, select.POLLHUP)
+    while not any(event & select.POLLHUP for _, event in poll.poll()):
+        pass
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C is held back until the block is over: half a message sent, or received and lost, would be the last."""
+    global _is_held_back
+    if _is_held_back or threading.current_thread() is not threading.main_thread():
+        yield  # a block within another is on every message's way, and to ask for a handler takes as long as to send it
+        return
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    if not callable(before):
         yield
         return
     held_back: list[tuple[Any, ...]] = []
     signal.signal(signal.SIGINT, lambda *arguments: held_back.append(arguments))
+    _is_held_back = True
     try:
         yield
     finally:
+        _is_held_back = False
         signal.signal(signal.SIGINT, before)
         if held_back:
             before(*held_back[0])

@@ -67,6 +67,7 @@ class Worker:
         self._connect = connect
         self._checksums = checksums
         self._leases: dict[int, tuple[Lease, Request]] = {}  # granted and not adopted
+        self.on_handover: Callable[[], None] = lambda: None  # may carry the outbox away, before what is left to do here
         engine.layer_hook = self._on_layer
         self._handlers: dict[type, Callable] = {
             Serve: self._serve, Reserve: self._reserve, Prefill: self._prefill, Resume: self._resume,
@@ -140,16 +141,16 @@ class Worker:
             return
         self.transfers[request_id] = Transfer(transport, destination, self.manager.block_size, self.cache.num_layers,
                                               self.engine.clock)
-        self.engine.add(message.request, handoff=True)
+        self.engine.add_group(SequenceGroup(message.request, handoff=True))
 
     def _resume(self, message: Resume) -> None:
         lease, request = self._leases.pop(message.lease_id)
         if message.checksum is not None and message.checksum != self._checksum(request, lease.block_ids, lease.num_cached):
             self.manager.release_lease(lease, "request")
             self.manager.release_lease(lease, "writer")
-            self.outbox.append(Corrupted(message.request.request_id))
+            self.outbox.append(Corrupted(message.request_id))
             return
-        self.engine.scheduler.adopt(_resumed(message.request, message.written), lease)
+        self.engine.scheduler.adopt(_resumed(request, message.written), lease)
         self.manager.release_lease(lease, "writer")
 
     def _release_lease(self, message: ReleaseLease) -> None:
@@ -218,10 +219,12 @@ class Worker:
         if self._checksums:
             group = scheduler.handed_off[request_id]
             total = self._checksum(group.request, self.manager.block_table(group.live[0]), transfer.destination.num_cached)
+        record = transfer.record(request_id, self.cache.bytes_per_block)
         self.outbox.append(Prefilled(request_id, transfer.destination, [
             Written(sequence.index, sequence.output_token_ids, sequence.logprobs, sequence.finish_reason)
             for sequence in sequences], total))
-        self.sent.append(transfer.record(request_id, self.cache.bytes_per_block))
+        self.on_handover()
+        self.sent.append(record)
         scheduler.release_handed_off(request_id)
 
     def _give_up(self, request_id: str, error: str) -> None:

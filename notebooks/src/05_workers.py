@@ -155,7 +155,7 @@ print("P0:", p0.manager.num_used_blocks, "blocks in use")
 # %%
 prefilled = said[1][-1]
 answer = list(prefilled.written[0].token_ids)
-inbox = [Resume(request, prefilled.destination.lease_id, prefilled.written)]
+inbox = [Resume(request.request_id, prefilled.destination.lease_id, prefilled.written)]
 while inbox or d0.has_work:
     events = [event for message in tell(d0, *inbox) for event in message.events]
     answer += [event.token_id for event in events]
@@ -437,7 +437,7 @@ def retry(tell, p0: Worker, d1: Worker, request: Request, written: Written) -> l
     said = tell(p0, Prefill(request, granted.destination))
     while not any(isinstance(message, Prefilled) for message in said):
         said = tell(p0)
-    said = tell(d1, Resume(request, granted.destination.lease_id, [written]))
+    said = tell(d1, Resume(request.request_id, granted.destination.lease_id, [written]))
     while d1.has_work:
         said += tell(d1)
     return [event.token_id for message in said for event in message.events]

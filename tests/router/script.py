@@ -15,7 +15,6 @@ from nanopd.messages import (
     Refused,
     ReleaseLease,
     Reserve,
-    Resume,
     Serve,
     SetRole,
     Tokens,
@@ -81,7 +80,7 @@ class Script:
 
 
 def name_of(message):
-    if isinstance(message, (Serve, Reserve, Prefill, Resume)):
+    if isinstance(message, (Serve, Reserve, Prefill)):
         return message.request.request_id
     if isinstance(message, SetRole):
         return message.role

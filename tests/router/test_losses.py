@@ -11,6 +11,7 @@ from nanopd.messages import (
     Corrupted,
     Prefill,
     ReleaseLease,
+    Reserve,
     Resume,
     Serve,
     TransferFailed,
@@ -98,15 +99,15 @@ def test_first_tokens_said_before_p_was_lost_are_not_said_again():
     assert only(events) == [(0, 5, STOP), (1, 6, None)]
     script.told()
     script.step(script.grant("D0", "a/1"))
-    prefill = script.sent[-1][1]
-    assert isinstance(prefill, Prefill)
+    (_, reserve), (_, prefill) = script.sent
+    assert isinstance(reserve, Reserve) and reserve.request.sampling.n == 2 and isinstance(prefill, Prefill)
     sampling = prefill.request.sampling
     assert (sampling.n, sampling.stop_token_ids, sampling.ignore_eos) == (1, (), True) and sampling.max_tokens > 1
     again = destination(script, "a")
     script.told()
     assert script.step(("P1", tokens("a/1", 5)), ("P1", prefilled(again, "a/1"))) == []
     (_, resume), = script.sent
-    assert isinstance(resume, Resume) and written(resume) == {1: [6]} and resume.request.sampling.n == 2
+    assert isinstance(resume, Resume) and written(resume) == {1: [6]}
     assert only(script.step(("D0", tokens("a/1", 7, STOP, index=1)))) == [(1, 7, STOP)]
     script.assert_empty()
 

@@ -56,7 +56,7 @@ def retry(tell, p0, d1, request, written, *, resume_with=None, shown_from=0, ext
         said = tell(p0)
     first = said[0].events
     answers = said[-1].written if resume_with == "prefilled" else [written]
-    said = tell(d1, Resume(request, granted.destination.lease_id, answers), *extra)
+    said = tell(d1, Resume(request.request_id, granted.destination.lease_id, answers), *extra)
     while d1.has_work:
         said += tell(d1)
     events = [event for message in said for event in message.events]
@@ -87,7 +87,7 @@ def test_whoever_does_not_wait_for_the_prompt_is_told(language):
     def hurried(tell, p0, d1, request, written):
         [granted] = tell(d1, Reserve(request))
         tell(p0, Prefill(request, granted.destination))
-        tell(d1, Resume(request, granted.destination.lease_id, [written]), ReleaseLease(granted.destination.lease_id, "writer"))
+        tell(d1, Resume(request.request_id, granted.destination.lease_id, [written]), ReleaseLease(granted.destination.lease_id, "writer"))
         return []
 
     assert not check("05.7", hurried)

@@ -101,7 +101,7 @@ def test_a_worker_that_breaks_says_why(executor):
     executor.send("C9", Serve(Request("0", list(prompt(9)), greedy(4))))
     said = poll_for(executor, 0.5)
     assert [message.events[-1].finish_reason for _, message in said][-1] is FinishReason.LENGTH
-    executor.send("C9", Resume(Request("1", list(prompt(9))), lease_id=77, written=[]))
+    executor.send("C9", Resume("1", lease_id=77, written=[]))
     assert lost(executor, "C9") == ("KeyError: 77", [])
     assert pid not in children() and "C9" not in executor.roles
 

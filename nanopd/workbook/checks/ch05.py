@@ -67,7 +67,7 @@ def _serve(p0: Worker, d0: Worker, request: Request) -> Written:
     while not said:
         said = _tell(p0)
     prefilled = said[-1]
-    said += _tell(d0, Resume(request, prefilled.destination.lease_id, prefilled.written))
+    said += _tell(d0, Resume(request.request_id, prefilled.destination.lease_id, prefilled.written))
     while d0.has_work:
         said += _tell(d0)
     events = [event for message in said if isinstance(message, Tokens) for event in message.events]
