@@ -87,6 +87,11 @@ class Run:
     def entry(self, stream):
         return self.cluster._central._entries.get(stream.request_id)
 
+    def stage(self, request_id: str) -> Stage | None:
+        """None: it has ended."""
+        entry = self.cluster._central._entries.get(request_id)
+        return entry and entry.stage
+
     def at(self, stage: Stage, num_drawn: int = 0):
         """A request that has come so far; None if there is none just now."""
         return next((stream for stream in self.streams if (entry := self.entry(stream)) is not None
@@ -439,11 +444,21 @@ class AmidATransfer:
 
 def lose_with_the_receiver_stopped(cluster: Cluster, load: Load, victim: str) -> None:
     """A prefill worker whose transfers can't end: nobody receives."""
-    run = Run(cluster, load)
-    with stopped(run, *workers_of(cluster, "D")):
-        run.step_until(lambda: run.anybody(f"sent to {victim}"))
+    receivers = workers_of(cluster, "D")
+    with ExitStack() as still:
+        def stop_receivers(worker_id: str, message: ToWorker) -> ToWorker:
+            if worker_id == victim and isinstance(message, Prefill) and not stopped_for:
+                stopped_for.append(message.request.request_id)
+                still.enter_context(stopped(run, *receivers))
+            return message
+
+        stopped_for: list[str] = []
+        run = Run(cluster, load)
+        with tampering(cluster, sent=stop_receivers):
+            run.step_until(lambda: stopped_for)
         paused = time.monotonic() + 0.3
         run.step_until(lambda: time.monotonic() > paused)
+        assert run.stage(stopped_for[0]) is Stage.PREFILL
         run.signal(victim)
     assert_outlived(run, victim)
 
@@ -451,7 +466,7 @@ def lose_with_the_receiver_stopped(cluster: Cluster, load: Load, victim: str) ->
 def lose_after_its_transfers(cluster: Cluster, load: Load, victim: str) -> None:
     """A prefill worker that nobody needs any more."""
     run = Run(cluster, load)
-    run.step_until(lambda: all("KV transferred" in run.marks(stream) for stream in run.streams))
+    run.step_until(lambda: run.total and all(run.stage(stream.request_id) in (Stage.DECODE, None) for stream in run.streams))
     run.signal(victim)
     assert_outlived(run, victim, attempts=1)
 
