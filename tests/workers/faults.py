@@ -390,7 +390,7 @@ def lose_amid_a_transfer(cluster: Cluster, load: Load, victim: str) -> None:
     """A prefill worker, when the beginning of a prompt's KV is in the destination's blocks, and its end is not."""
     for _ in range(20):  # with luck it is quicker than we look
         forget_prefixes(cluster)
-        moment = AmidATransfer(cluster, victim, min_tokens=max(map(len, _prompts(cluster, load))))
+        moment = AmidATransfer(cluster, victim, min_tokens=max(map(len, _prompts(cluster, load))) // 2)
         with tampering(cluster, sent=moment.watch):
             run = Run(cluster, load)
             run.step_until(lambda run=run, moment=moment: moment.destination is not None or run.is_over)
