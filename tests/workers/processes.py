@@ -31,13 +31,13 @@ def cpu_seconds(pid):
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def wait_until(condition, timeout=20.0):
+def wait_until(condition, timeout=20.0, pause=0.01):
     """Whether it came true in time."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.01)
+        time.sleep(pause)
     return True
 
 

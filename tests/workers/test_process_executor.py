@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from workers.faults import assert_idle
 from workers.processes import children, cpu_seconds, is_alive, wait_until, what_is_held
 from workers.serving import (
     MIX,
@@ -46,16 +47,6 @@ def pipeline(cluster):
     if cluster.mode != "disaggregated":
         pytest.skip("once is enough")
     return cluster
-
-
-def assert_idle(cluster):
-    """No request, lease, transfer or block is left on any worker."""
-    def is_idle(status):
-        return (status.num_free_blocks == status.num_blocks
-                and not (status.num_waiting or status.num_running or status.num_leases or status.num_transfers))
-
-    assert wait_until(lambda: all(is_idle(status) for status in cluster.status().values())), cluster.status()
-    assert not cluster.has_work and not cluster._central.has_work
 
 
 def spec(model, **options):

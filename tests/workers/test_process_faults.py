@@ -10,7 +10,7 @@ import time
 
 import pytest
 from workers.processes import children, is_alive, wait_until, what_is_held
-from workers.serving import MIX, OPTIONS, assert_tokens_equal_reference, greedy, ids, prompt
+from workers.serving import OPTIONS, greedy, prompt
 
 from nanopd.core import FinishReason, Request, TokenEvent
 from nanopd.engine.factory import EngineOptions
@@ -131,48 +131,6 @@ def test_a_broken_device_is_not_its_requests_fault(error, is_broken):
             _raise_if_broken(messages)
     else:
         _raise_if_broken(messages)
-
-
-# -------------------------------------------------------------------------------------------------- clusters
-
-
-def kill_amid(cluster, victim, streams, num_events):
-    """Step until so many tokens have been drawn, kill a worker, and run to the end."""
-    pid = cluster.status()[victim].pid
-    while sum(len(stream._events) for stream in streams) < num_events:
-        cluster.step()
-    os.kill(pid, signal.SIGKILL)
-    return [stream.result() for stream in streams]
-
-
-def test_requests_outlive_their_workers(reference):
-    """As long as there is one of each role; then they end with an error that says what became of them."""
-    before = what_is_held()
-    asked = MIX * 3
-    with reference.cluster(topology="P:cpu P:cpu D:cpu D:cpu", executor="process", checksums=True) as cluster:
-        def submit():
-            return [cluster.submit(prompt, sampling)
-                    for prompt, (_, sampling) in zip(ids(*(token_ids for token_ids, _ in asked)), asked, strict=True)]
-
-        for victim, num_events in (("P0", 4), ("D1", 60)):
-            streams = submit()
-            outputs = kill_amid(cluster, victim, streams, num_events)
-            assert_tokens_equal_reference(outputs, asked, reference)
-            for stream, output in zip(streams, outputs, strict=True):  # nor did anybody see a gap or a repeat
-                drawn = [(event.index, event.token_id) for event in stream if event.token_id is not None]
-                for answer in output.outputs:
-                    assert [token for index, token in drawn if index == answer.index] == answer.token_ids
-            assert wait_until(lambda: all(status.num_free_blocks == status.num_blocks and not status.num_leases
-                                          for status in cluster.status().values()))
-        assert list(cluster.status()) == ["P1", "D0"]
-        outputs = kill_amid(cluster, "D0", submit(), 20)
-        errors = {output.error for output in outputs if output.error}
-        assert len(errors) == 1
-        assert "D1 was lost (killed by SIGKILL)" in errors.pop()
-        for output, one in zip(outputs, asked, strict=True):
-            if output.error is None:
-                assert_tokens_equal_reference([output], [one], reference)
-    assert what_is_held() == before
 
 
 # -------------------------------------------------------------------------------------------------- scripts
