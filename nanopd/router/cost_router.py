@@ -216,7 +216,7 @@ class CostRouter:
             queue = steps * seconds(queued_tokens / steps, queued_pairs / steps, decodes, contexts)
             queue = max(0.0, queue - (question.now - worker.queued_since))
         tokens = question.prompt_len + written
-        cached = min(worker.cached_tokens, tokens - 1) if self.reads_prefixes else 0
+        cached = worker.cached_tokens if self.reads_prefixes else 0
         new = tokens - cached
         steps = -(-new // room)
         return queue, steps * seconds(new / steps, attended_pairs(new, cached) / steps, decodes, contexts), steps
