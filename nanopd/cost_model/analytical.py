@@ -35,8 +35,7 @@ class Row(Protocol):
     num_cached: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepWork:
+class StepWork(NamedTuple):
     """What a step holds, summed over its rows. Add up to put more into a step."""
 
     prompt_tokens: int = 0  # new ones, of rows with more than one
@@ -44,7 +43,7 @@ class StepWork:
     decodes: int = 0  # rows of one token
     context_tokens: int = 0  # in all of them together, the new token included
 
-    def __add__(self, other: StepWork) -> StepWork:
+    def __add__(self, other: StepWork) -> StepWork:  # type: ignore[override]  # a tuple's would append
         return StepWork(self.prompt_tokens + other.prompt_tokens, self.pairs + other.pairs,
                         self.decodes + other.decodes, self.context_tokens + other.context_tokens)
 
@@ -146,8 +145,8 @@ class TransferCost(Parameters):
         Either the link keeps up, and the last piece alone is left, or it is busy from the first piece on.
         """
         moving = num_bytes / self.bytes_per_second
-        behind = moving - computing_seconds * (1 - 1 / pieces)
-        return self.latency_seconds + max(moving / pieces, behind)
+        last, behind = moving / pieces, moving - computing_seconds * (1 - 1 / pieces)
+        return self.latency_seconds + (last if last > behind else behind)
 
 
 # ------------------------------------------------------------------------------------------------- the model
@@ -183,9 +182,10 @@ class CostModel:
 
     def step_seconds(self, work: StepWork) -> float:
         """One step. More work never takes less time."""
-        return self._step_seconds(work.prompt_tokens, work.pairs, work.decodes, work.context_tokens)
+        return self.seconds(work.prompt_tokens, work.pairs, work.decodes, work.context_tokens)
 
-    def _step_seconds(self, prompt_tokens: float, pairs: float, decodes: float, context_tokens: float) -> float:
+    def seconds(self, prompt_tokens: float, pairs: float, decodes: float, context_tokens: float) -> float:
+        """One step, of what `StepWork` holds."""
         if not prompt_tokens:
             return self.decode.seconds(decodes, context_tokens) if decodes else 0.0
         seconds = self.prefill.seconds(prompt_tokens + decodes, pairs)
@@ -210,12 +210,12 @@ class CostModel:
         prefill, steps = 0.0, 0
         for count, chunk, pairs in chunks(new_tokens, cached_tokens, chunk_tokens):
             steps += count
-            prefill += count * self._step_seconds(running.prompt_tokens + chunk, running.pairs + pairs,
-                                                  running.decodes, running.context_tokens)
+            prefill += count * self.seconds(running.prompt_tokens + chunk, running.pairs + pairs,
+                                            running.decodes, running.context_tokens)
         # A step's time is linear in the context, so that the mean context gives the mean step.
         context = new_tokens + cached_tokens + (output_tokens + 1) / 2
-        decode = output_tokens * self._step_seconds(running.prompt_tokens, running.pairs, running.decodes + 1,
-                                                    running.context_tokens + context)
+        decode = output_tokens * self.seconds(running.prompt_tokens, running.pairs, running.decodes + 1,
+                                              running.context_tokens + context)
         if not running.decodes:
             return RequestCost(prefill, decode, 0.0, 0.0)
         return RequestCost(prefill, decode, prefill - steps * alone, decode - output_tokens * alone)
