@@ -102,7 +102,7 @@ def test_demo_with_a_model_that_is_not_there():
 
 def test_profile_measures_shows_and_writes(tmp_path):
     out = tmp_path / "new" / "mine.json"
-    result = run("profile", "--topology", "C:cpu P:cpu D:cpu", "--seconds", 1, "--max-model-len", 256, "--max-num-seqs", 4,
+    result = run("profile", "--topology", "C:cpu P:cpu D:cpu", "--seconds", 1, "--max-model-len", 256, "--max-num-seqs", 8,
                  "--max-num-batched-tokens", 64, "--out", out)
     assert result.exit_code == 0, result.output
     for word in ("prefill", "decode", "mixed", "transfer", "sharpness", "95% interval", "mine.json"):

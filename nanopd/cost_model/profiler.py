@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
+from itertools import count
 from typing import TYPE_CHECKING
 
 import nanopd
@@ -219,6 +220,9 @@ def sizes(least: int, most: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------- the load
 
 
+_loads = count()
+
+
 class _Load:
     """Puts requests through one worker. What is open of them at the end is cancelled."""
 
@@ -229,7 +233,7 @@ class _Load:
         self.token_seconds = 0.0  # of the last lone prompt
         self._cluster = cluster
         self._worker_id = worker_id
-        self._random = random.Random(0)
+        self._random = random.Random(next(_loads))  # another one each time: prefix caches remember the last one's prompts
         self._open: dict[str, Stream] = {}
         self._written: dict[str, int] = {}  # tokens, of those that are open
 
@@ -259,8 +263,8 @@ class _Load:
         """Some steps of all of a batch together."""
         self._await(batch, 1)
         begin, first = time.monotonic(), self._written.get(batch[-1], 0)
-        for count in range(STEPS, most_steps + 1, STEPS):
-            self._await(batch[-1:], first + count)
+        for steps in range(STEPS, most_steps + 1, STEPS):
+            self._await(batch[-1:], first + steps)
             if time.monotonic() > begin + DECODE_FOR:
                 break
         return self.steps(begin)
@@ -283,10 +287,10 @@ class _Load:
                   for status in self._cluster.status().values()):
             self._cluster.step()
 
-    def _await(self, request_ids: list[str], count: int) -> None:
+    def _await(self, request_ids: list[str], num_tokens: int) -> None:
         """Until each of them has so many tokens, or has ended."""
         for request_id in request_ids:
-            while request_id in self._open and self._written[request_id] < count:
+            while request_id in self._open and self._written[request_id] < num_tokens:
                 self._step()
 
     def _step(self) -> None:

@@ -14,24 +14,29 @@ if TYPE_CHECKING:
     from nanopd.cost_model.profile import Profile
 
 
+NAMES = {"bytes_per_second": "bytes/s"}
+
+
 def table(profile: Profile) -> Table:
-    """A row for each constant, in seconds where no other unit is in its name. Errors are |predicted / measured - 1| of rows left out of the fit."""
+    """A row for each constant, in seconds where its name has no other unit. Errors are |predicted / measured - 1| of rows left
+    out of the fit."""
     from rich import box
     from rich.table import Table
 
     title = f"{profile.model}, {profile.dtype}, on {profile.device}"
-    result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    result.add_column("quantity")
-    result.add_column("constant", no_wrap=True)
-    for heading in ("value", "95% interval"):
-        result.add_column(heading, justify="right", no_wrap=True)
+    result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold",
+                   pad_edge=False, collapse_padding=True)
+    result.add_column("quantity", min_width=10)
+    for heading in ("constant", "value", "95% interval"):
+        result.add_column(heading, justify="left" if heading == "constant" else "right", no_wrap=True)
     for heading in ("median error", "p95 error"):
         result.add_column(heading, justify="right")
     for fit, constants in zip(profile.fits, _fitted(profile.cost, profile.fits), strict=True):
         errors = [_percent(fit.held_out_median_error), _percent(fit.held_out_p95_error)]
         quantity = fit.quantity
         for name in (*fit.intervals, *fit.assumed):
-            result.add_row(quantity, name.removesuffix("_seconds"), _number(getattr(constants, name)), _interval(fit, name), *errors)
+            shown = NAMES.get(name, name.removesuffix("_seconds"))
+            result.add_row(quantity, shown, _number(getattr(constants, name)), _interval(fit, name), *errors)
             quantity, errors = "", []
         result.add_section()
     return result
@@ -57,4 +62,4 @@ def _number(value: float) -> str:
 
 
 def _percent(share: float) -> str:
-    return "not known" if math.isnan(share) else f"{share:.1%}"
+    return "-" if math.isnan(share) else f"{share:.1%}"

@@ -130,17 +130,13 @@ def test_no_two_prompts_share_a_block_and_none_is_served_from_a_cache(open_clust
     assert set(first.values()) == {0}
 
 
-def test_two_profiles_send_the_same_prompts(open_cluster, monkeypatch):
-    """As far as there is time."""
-    prompts, submit = [], Cluster.submit
-    monkeypatch.setattr(Cluster, "submit", lambda self, prompt, *args, **options: (
-        prompts.append(prompt["prompt_token_ids"]), submit(self, prompt, *args, **options))[1])
+def test_nor_from_what_an_earlier_profile_left_there(open_cluster):
     with open_cluster() as cluster:
-        profile_cluster(cluster, seconds=1)
-        first = prompts[:2]
-        prompts.clear()
-        profile_cluster(cluster, seconds=1)
-    assert prompts[:2] == first
+        profile_cluster(cluster, seconds=0.5)
+        begin = time.monotonic()
+        profile_cluster(cluster, seconds=0.5)
+        first = {row.request_id: row.num_cached for step in reversed(cluster.history(begin)["C0"].steps) for row in step.rows}
+    assert set(first.values()) == {0}
 
 
 def test_a_cluster_that_takes_few_requests_can_be_profiled(open_cluster):

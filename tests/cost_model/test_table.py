@@ -26,8 +26,21 @@ def test_a_line_for_each_constant_with_its_interval_and_the_held_out_errors():
     assert "prefill floor 0.008 0.007 to 0.009 2.0% 20.0%".split() in lines
     assert "token 2.4e-05 2e-05 to any".split() in lines
     assert "sharpness 4 assumed".split() in lines
-    assert "transfer cuda:0 to cuda:1 by peer latency 2e-05 0 to 3e-05 not known not known".split() in lines
-    assert "transfer cuda:0 to cuda:1 by relay bytes_per_second 5e+10 4e+10 to 6e+10 4.2% 4.2%".split() in lines
+    assert "transfer cuda:0 to cuda:1 by peer latency 2e-05 0 to 3e-05 - -".split() in lines
+    assert "transfer cuda:0 to cuda:1 by relay bytes/s 5e+10 4e+10 to 6e+10 4.2% 4.2%".split() in lines
+
+
+def test_it_fits_on_a_terminal_of_80_columns():
+    from itertools import chain
+
+    fits = [Fit("transfer cuda:0 to cuda:1 by collective", {"bytes_per_second": (1.234e-10, 1.234e-10)}, (), (0.1,), (2.123, 2.1)),
+            Fit("decode", {"context_token_seconds": (1.234e-10, 1.234e-10)}, (), (0.1,), (2.123, 2.1))]
+    profile = Profile("d", "m", "f", "2026-01-31", {}, (), Measurements(), MODEL, tuple(fits))
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(table(profile))
+    words = list(chain.from_iterable(line.split() for line in capture.get().splitlines()))
+    assert {"quantity", "decode", "context_token", "bytes/s", "1.23e-10", "212.3%", "collective"} <= set(words)
 
 
 def test_a_constant_that_is_too_small_to_be_seen_is_0():

@@ -9,7 +9,7 @@ from nanopd.workers.transfer import Arrived, TransferError, time_sends
 
 
 class FakeCache:
-    num_blocks, num_layers, bytes_per_block = 64, 4, 400
+    num_blocks, num_layers, block_size, bytes_per_block = 64, 4, 16, 400
     num_synchronized = 0
 
     def synchronize(self):
@@ -37,6 +37,14 @@ def test_sends_grow_fourfold_up_to_all_and_begin_with_one_layer():
     assert all(seconds == pytest.approx(0.01) for _, seconds in sends)  # from call to arrival
     assert len(sends) == len(link.sent) == cache.num_synchronized
     assert all(2 <= link.sent.count(size) <= 8 for size in sizes)
+
+
+def test_many_tokens_go_in_pieces_of_a_few_layers():
+    link, cache = FakeLink(), FakeCache()
+    cache.block_size = 1500  # three layers of a block are enough for a piece, one of four blocks
+    sends = time_sends(link, cache, list(range(4)))
+    assert list(dict.fromkeys(link.sent)) == [(1, 1), (3, 1), (1, 4)]
+    assert [num_bytes for num_bytes, _ in sends].count(1600) * 4 == link.sent.count((1, 4))
 
 
 def test_no_more_is_sent_than_the_source_has():
