@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from itertools import count
@@ -90,6 +91,19 @@ class SchedulerConfig:
         _require(self.prefill_chunk_size is None or self.prefill_chunk_size >= 1,
                  f"prefill_chunk_size must be at least 1, or None, got {self.prefill_chunk_size}")
         _require(self.max_model_len >= 2, f"max_model_len must be at least 2, got {self.max_model_len}")
+
+
+@dataclass(frozen=True)
+class SLO:
+    """What a service promises its users, in seconds: the first token within `ttft`, each after it within `tpot` on average."""
+
+    ttft: float
+    tpot: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("ttft", self.ttft), ("tpot", self.tpot)):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _require(is_number and 0 < value < math.inf, f"an SLO's {name} is a number of seconds above 0, got {value!r}")
 
 
 ROLES = {"C": "collocated", "P": "prefill", "D": "decode"}
