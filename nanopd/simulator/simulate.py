@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -128,15 +128,18 @@ class Simulation:
         self.central = CentralScheduler(self.executor, mode, self.limits, max_queued=sys.maxsize, clock=self.clock,
                                         router=router, devices=self.devices, prefix_caching=cache.enable_prefix_caching)
         self._open: dict[str, Served] = {}
+        self._num_ended = 0
+        self._progress: Callable[[int], None] | None = None
 
-    def run(self, workload: Iterable[Arrival]) -> Result:
-        """Serve all of a workload. A simulation runs once.
+    def run(self, workload: Iterable[Arrival], progress: Callable[[int], None] | None = None) -> Result:
+        """Serve all of a workload. A simulation runs once. `progress` is told how many requests have ended, as each one does.
 
         Raises ConfigError where the workload is empty, out of order, or has a request that no worker could take.
         """
         if self.clock.now > 0:
             raise RuntimeError("this simulation has run: make a new one")
         arrivals = checked(workload, self.limits.max_len)
+        self._progress = progress
         served = []
         for number, arrival in enumerate(arrivals):
             while self.clock.now < arrival.time:
@@ -176,6 +179,9 @@ class Simulation:
             if event.finish_reason is not None:
                 served.metrics.finish_time = event.time
                 del self._open[event.request_id], self._output_lens[event.request_id]
+                self._num_ended += 1
+                if self._progress is not None:
+                    self._progress(self._num_ended)
 
     def _station(self, worker_id: str, runs_ahead: bool, history: bool) -> Station:
         clock = VirtualClock()
