@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -181,6 +181,53 @@ def _measure(console: Console, seconds: float | None, **options: Any) -> Profile
             return profile_cluster(cluster, lambda text, share: progress.update(task, description=text, completed=share), seconds)
 
 
+@app.command()
+def simulate(
+    hardware: Annotated[str, typer.Option(help="A preset, or a profile.json. An unknown name lists the presets.")] = (
+        "nvidia-h200/qwen3-8b"),
+    workers: Annotated[str, typer.Option(help="How many of each role, C (collocated), P (prefill), D (decode), each on a "
+                                              "device of its own: 'C=4', 'C=2 P=1 D=1'.")] = "C=2 P=1 D=1",
+    mode: Annotated[str, typer.Option(help="collocated, disaggregated or adaptive.")] = "adaptive",
+    router: Annotated[str | None, typer.Option(help="Chooses in mode adaptive. Default: cost. An unknown name lists them.")] = None,
+    rate: Annotated[float, typer.Option(help="Requests a second, at independent moments (Poisson).")] = 4.0,
+    requests: Annotated[int, typer.Option(help="How many come.")] = 1000,
+    prompts: Annotated[str, typer.Option(help="short (64-256 tokens), long (1024-2048), mixed, or a number or span.")] = "mixed",
+    outputs: Annotated[str, typer.Option(help="Tokens of an answer, a number or a span: 128, 16-512.")] = "128",
+    seed: Annotated[int, typer.Option(help="Another one gives other moments and lengths.")] = 0,
+    trace: Annotated[Path | None, typer.Option(help="A recorded workload instead: Azure's CSV or Mooncake's JSON lines.")] = None,
+    speed_up: Annotated[float, typer.Option(help="How many times as fast the trace's requests come.")] = 1.0,
+    limit: Annotated[int | None, typer.Option(help="Only the trace's first so many requests.")] = None,
+    slo_ttft: Annotated[float | None, typer.Option(help="Promised: the first token within so many ms; with --slo-tpot.")] = None,
+    slo_tpot: Annotated[float | None, typer.Option(help="Promised: each token after it within so many ms on average.")] = None,
+    kv_blocks: Annotated[int, typer.Option(help="Of 16 tokens, in each worker's cache.")] = 8192,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences of a step.")] = 128,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 2048,
+    max_model_len: Annotated[int, typer.Option(help="Longest prompt and answer together, in tokens.")] = 8192,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there too.")] = None,
+) -> None:
+    """Serve a workload on hardware that is not here: the real scheduling and routing, with times that a cost model says."""
+    from rich.console import Console
+
+    from nanopd.config import CacheConfig, SchedulerConfig
+    from nanopd.simulator import command
+    from nanopd.simulator.hardware import hardware as find_hardware
+
+    with _plain_errors():
+        scheduler = SchedulerConfig(max_num_seqs, max_num_batched_tokens, None, max_model_len)
+        if trace is None:
+            workload = command.poisson_workload(rate, requests, prompts, outputs, seed)
+        else:
+            workload = command.trace_workload(trace, speed_up, limit, min(max_model_len, kv_blocks * 16))
+        # Where no prompts share a beginning, caches of them find nothing, and looking takes time.
+        cache = CacheConfig(kv_blocks, enable_prefix_caching=any(one.prefix for one in workload.arrivals))
+        with _progress(len(workload.arrivals)) as progress:
+            report = command.simulate(find_hardware(hardware), command.parse_workers(workers), mode, workload, cache, scheduler,
+                                      router=router, slo=_slo(slo_ttft, slo_tpot), progress=progress)
+        if json_file is not None:
+            json_file.write_text(report.to_json(), encoding="utf-8")
+    command.show(report, Console())
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
              add_help_option=False)
 def bench(context: typer.Context) -> None:
@@ -188,6 +235,25 @@ def bench(context: typer.Context) -> None:
     from nanopd.benchmark.command import main as run
 
     raise typer.Exit(run(context.args))
+
+
+def _slo(ttft_ms: float | None, tpot_ms: float | None) -> nanopd.config.SLO | None:
+    from nanopd.config import SLO, ConfigError
+
+    if (ttft_ms is None) != (tpot_ms is None):
+        raise ConfigError("an SLO has two bounds: give both --slo-ttft and --slo-tpot")
+    return None if ttft_ms is None else SLO(ttft_ms / 1e3, tpot_ms / 1e3)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, which goes as it is done or interrupted."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task, every = bar.add_task("simulating", total=total), max(1, total // 200)
+        yield lambda ended: bar.update(task, completed=ended) if ended % every == 0 else None
 
 
 def _print_stream(llm: LLM, prompt: str, params: nanopd.SamplingParams) -> None:
@@ -219,6 +285,9 @@ def _plain_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:  # ConfigError, InvalidRequest and ModelError are ValueErrors
         typer.secho(f"nanopd: {error}", fg="red", err=True)
         raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.secho("nanopd: interrupted", err=True)
+        raise typer.Exit(130) from None
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_version():
 def test_without_a_command_it_lists_them():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("doctor", "demo", "generate"):
+    for command in ("doctor", "demo", "generate", "simulate"):
         assert command in result.output
 
 
@@ -38,6 +38,68 @@ def test_help_and_version_load_no_torch():
                 "assert 'torch' not in sys.modules")
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
         assert ran.returncode == 0, ran.stderr
+
+
+# ------------------------------------------------------------------------------------------------ simulate
+
+FEW = ("--requests", 40, "--rate", 20, "--prompts", "short", "--outputs", "2-40")
+
+
+def test_simulate_says_that_it_is_simulated_and_writes_json(tmp_path):
+    file = tmp_path / "result.json"
+    result = run("simulate", *FEW, "--workers", "C=1 P=1 D=1", "--slo-ttft", 200, "--slo-tpot", 20, "--json", file)
+    assert result.exit_code == 0, result.output
+    for text in ("Simulated: nvidia-h200/qwen3-8b, C=1 P=1 D=1, adaptive, router cost", "time to first token", "goodput",
+                 "Nothing of this was measured"):
+        assert text in result.output
+    data = json.loads(file.read_text())
+    assert (data["simulated"], data["mode"], data["slo"]) == (True, "adaptive", {"ttft": 0.2, "tpot": 0.02})
+    assert data["summary"]["num_requests"] == 40
+    assert set(data["utilisation"]) == {"C0", "P0", "D0"}
+    assert run("simulate", *FEW, "--workers", "C=1 P=1 D=1", "--slo-ttft", 200, "--slo-tpot", 20).output == result.output
+
+
+def test_simulate_a_trace(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-01-01 00:00:00,100,5\n2024-01-01 00:00:08,9000,5\n"
+                     "2024-01-01 00:00:09,100,5\n")
+    result = run("simulate", "--trace", trace, "--speed-up", 2, "--limit", 2, "--mode", "collocated", "--workers", "C=1",
+                 "--max-model-len", 4096)
+    assert result.exit_code == 0, result.output
+    assert "2 requests of trace.csv, 2 times as fast; 1 of them cut to 4,096 tokens" in result.output
+
+
+@pytest.mark.parametrize("options, says", [
+    (("--hardware", "h300"), "there are nvidia-h200/qwen3-8b, seed/h20, seed/rtx-4090"),
+    (("--workers", "4C"), "workers are counted as in 'C=4'"),
+    (("--workers", "C=1 C=2"), "counted twice"),
+    (("--workers", "C=0"), "at least one worker"),
+    (("--mode", "fast"), "unknown mode 'fast'; modes are collocated"),
+    (("--mode", "disaggregated", "--workers", "C=1"), "needs workers of role"),
+    (("--router", "best"), "unknown router 'best'; there are cost"),
+    (("--mode", "collocated", "--router", "cost"), "asks no router"),
+    (("--slo-ttft", 100), "give both --slo-ttft and --slo-tpot"),
+    (("--rate", 0), "rate is a number of requests a second above 0"),
+    (("--prompts", "huge"), "prompts is short, long, mixed"),
+    (("--trace", "nowhere.csv"), "can't read the trace nowhere.csv"),
+])
+def test_simulate_what_can_not_be(options, says):
+    result = run("simulate", *FEW, *options)
+    assert result.exit_code == 2
+    assert says in result.output
+    assert "Traceback" not in result.output
+
+
+def test_simulate_can_be_interrupted(monkeypatch):
+    from nanopd.simulator import Simulation
+
+    def interrupted(simulation, workload, progress=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Simulation, "run", interrupted)
+    result = run("simulate", *FEW)
+    assert result.exit_code == 130
+    assert result.output.strip() == "nanopd: interrupted"
 
 
 # -------------------------------------------------------------------------------------------------- doctor

@@ -6,10 +6,14 @@ import time
 from statistics import mean
 
 import pytest
+from cost_model.models import MODEL
 from simulator.clusters import assert_all_is_over, lengths, simulation, times
 
-from nanopd.config import ConfigError
-from nanopd.simulator import Arrival, LinearCosts, poisson
+from nanopd.config import SLO, ConfigError
+from nanopd.router.cost_router import CostRouter
+from nanopd.router.length_predictor import BayesianLengthPredictor
+from nanopd.router.policies import RoundRobin
+from nanopd.simulator import Arrival, LinearCosts, ModelCosts, poisson
 from nanopd.workers.worker import PATIENCE
 
 MICROSECOND = 1e-6
@@ -22,14 +26,22 @@ CLUSTERS = {
     "disaggregated": dict(workers={"P": 1, "D": 2}, mode="disaggregated", latency=3e-4),
     "disaggregated, few blocks": dict(workers={"P": 2, "D": 1}, mode="disaggregated", num_blocks=40, max_model_len=512),
 }
+CLUSTERS |= {
+    "adaptive": dict(workers={"C": 1, "P": 1, "D": 1}, mode="adaptive", latency=3e-4),
+    "adaptive, few blocks": dict(workers={"C": 1, "P": 1, "D": 1}, mode="adaptive", num_blocks=40, max_model_len=512),
+}
 CLUSTERS |= {f"{name}, ahead": options | {"runs_ahead": True} for name, options in CLUSTERS.items()}
+
+
+def with_router(options):
+    return options | {"router": RoundRobin()} if options.get("mode") == "adaptive" else options
 
 
 @pytest.mark.parametrize("rate", [3, 60])
 @pytest.mark.parametrize("options", CLUSTERS.values(), ids=CLUSTERS)
 def test_every_request_gets_all_its_tokens_and_every_block_comes_back(options, rate):
     workload = poisson(rate, 60, lengths, seed=2)
-    sim = simulation(**options)
+    sim = simulation(**with_router(options))
     result = sim.run(workload)
     assert_all_is_over(sim, result, workload)
     assert all(0 <= share <= 1 for share in result.utilisation.values())
@@ -42,7 +54,7 @@ def test_every_request_gets_all_its_tokens_and_every_block_comes_back(options, r
 @pytest.mark.parametrize("options", CLUSTERS.values(), ids=CLUSTERS)
 def test_many_steps_at_once_change_no_time(options, rate):
     workload = poisson(rate, 60, lengths, seed=3)
-    singly, leaping = simulation(**options, history=True), simulation(**options)
+    singly, leaping = (simulation(**with_router(options), history=history) for history in (True, False))
     assert times(singly.run(workload)) == times(leaping.run(workload))
     for worker_id, station in singly.stations.items():
         engine, other = station.worker.engine, leaping.stations[worker_id].worker.engine
@@ -67,6 +79,87 @@ def test_the_same_seed_gives_the_same_and_another_one_does_not():
                            for seed in (5, 5, 6))
     assert times(first) == times(again)
     assert times(first) != times(other)
+
+
+def test_the_same_seed_gives_the_same_choices_of_the_reference_router():
+    def run(seed):
+        router = CostRouter(MODEL, BayesianLengthPredictor(), SLO(0.1, 0.01), chunk_tokens=128)
+        sim = simulation({"C": 2, "P": 1, "D": 2}, "adaptive", ModelCosts(MODEL), runs_ahead=True, router=router)
+        return sim.run(poisson(60, 200, lengths, seed))
+
+    first, again, other = run(5), run(5), run(6)
+    assert times(first) == times(again)
+    assert first == again
+    assert times(first) != times(other)
+    assert {one.mode for one in first.requests} == {"collocated", "disaggregated"}
+
+
+# --------------------------------------------------------------------------------- what nobody knows beforehand
+
+
+class Curious(RoundRobin):
+    """Notes all that it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.told = [], []
+
+    def choose(self, question, workers):
+        self.asked.append(question)
+        return super().choose(question, workers)
+
+    def ended(self, answer):
+        self.told.append((answer.output_len, answer.cut))
+
+
+def test_a_router_sees_how_long_an_answer_may_get_and_learns_how_long_it_was():
+    router = Curious()
+    sim = simulation({"C": 1, "P": 1, "D": 1}, "adaptive", router=router)
+    result = sim.run([Arrival(0.0, 100, 30), Arrival(1.0, 100, 30, max_tokens=500), Arrival(2.0, 100, 30, max_tokens=20)])
+    assert [question.max_tokens for question in router.asked] == [8192 - 100, 500, 20]
+    assert router.told == [(30, False), (30, False), (20, True)]
+    assert [one.num_tokens for one in result.requests] == [30, 30, 20]
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_an_answer_that_is_cut_ends_as_one_of_that_length(runs_ahead):
+    [cut] = simulation(runs_ahead=runs_ahead).run([Arrival(0.0, 300, 50, max_tokens=5)]).requests
+    [short] = simulation(runs_ahead=runs_ahead).run([Arrival(0.0, 300, 5)]).requests
+    assert (cut.ttft, cut.e2e, cut.num_tokens) == (short.ttft, short.e2e, 5)
+
+
+# -------------------------------------------------------------------------------------------------- prefixes
+
+
+def test_prompts_that_share_a_prefix_share_their_blocks():
+    """The second finds the shared 512 tokens and computes 88 in one step; the third shares nothing."""
+    result = simulation().run([Arrival(0, 600, 2, prefix=(7,)), Arrival(1, 600, 2, prefix=(7,)), Arrival(2, 600, 2, prefix=(8,))])
+    first, second, third = (one.ttft for one in result.requests)
+    assert result.cached_tokens == {"C0": 512}
+    assert [first, third] == [pytest.approx(5 * 2e-3 + 600 * 1e-5)] * 2
+    assert second == pytest.approx(2e-3 + 88 * 1e-5)
+
+
+def test_only_what_is_not_there_travels():
+    costs = LinearCosts(step=1e-3, transfer_token=1e-3)
+    workload = [Arrival(0, 528, 3, prefix=(7,)), Arrival(10, 528, 3, prefix=(7,))]
+    first, second = simulation({"P": 1, "D": 1}, "disaggregated", costs, budget=1024).run(workload).requests
+    assert first.e2e - second.e2e == pytest.approx(512 * 1e-3, rel=0.05)
+
+
+def test_a_summary_of_a_simulation():
+    result = simulation({"C": 1}).run(poisson(5, 40, lengths, seed=1))
+    summary = result.summary(SLO(1.0, 1.0))
+    assert (summary.num_requests, summary.attainment, summary.shares) == (40, 1.0, {"collocated": 1.0})
+    assert summary.goodput == summary.requests_per_second
+    assert summary.ttft.p50 <= summary.ttft.p90 <= summary.ttft.p99 < summary.e2e.p99
+    assert result.summary().attainment is None
+
+
+def test_progress_is_told_of_every_end():
+    told = []
+    simulation().run(poisson(5, 20, lengths), progress=told.append)
+    assert told == list(range(1, 21))
 
 
 # ------------------------------------------------------------------------------------------------ by hand
@@ -175,6 +268,18 @@ def test_it_is_quick():
     assert time.process_time() - begin < 4
 
 
+def test_its_cost_is_linear_in_the_number_of_requests():
+    def seconds(num_requests):
+        workload = poisson(10, num_requests, lengths, seed=1)
+        begin = time.process_time()
+        simulation({"C": 4}, num_blocks=4096, seqs=64, budget=1024).run(workload)
+        return time.process_time() - begin
+
+    seconds(50)  # everything is imported and warm
+    few, many = min(seconds(150) for _ in range(2)), seconds(1200)
+    assert many < 16 * few  # 8 times as many; their square would be 64
+
+
 def test_idle_workers_are_never_asked():
     sim = simulation({"C": 50})
     sim.run([Arrival(0, 100, 100), Arrival(100, 100, 100)])
@@ -192,6 +297,7 @@ def test_idle_workers_are_never_asked():
     ([Arrival(float("nan"), 5, 5)], "request 0 arrives at nan s"),
     ([Arrival(0, 0, 5)], "prompt of 0"),
     ([Arrival(0, 5, 0)], "answer of 0"),
+    ([Arrival(0, 5, 5, max_tokens=0)], "request 0 allows an answer of 0 tokens"),
     ([Arrival(0, 5, 5), Arrival(0, 8000, 500)], r"request 1 has 8000 \+ 500 tokens, and a worker takes up to 8192"),
 ])
 def test_a_workload_that_can_not_be_run(workload, says):
@@ -204,6 +310,7 @@ def test_a_workload_that_can_not_be_run(workload, says):
     (dict(workers={"X": 1}), "unknown role 'X'; roles are C"),
     (dict(workers={"C": -1}), "can't be -1 workers of role C"),
     (dict(workers={"P": 2, "D": 0}, mode="disaggregated"), "needs workers of role D and P; there are P"),
+    (dict(workers={"C": 1}, mode="adaptive"), "needs a router"),
     (dict(latency=-1.0), "latency is a number of seconds of at least 0, got -1.0"),
 ])
 def test_a_cluster_that_can_not_be(options, says):
