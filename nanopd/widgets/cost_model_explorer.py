@@ -196,6 +196,8 @@ class CostModelExplorer(Panel):
             self._draw_bars()
             for place, quantity in enumerate(ROWS):
                 self._draw_rows(PLOTS + 2 * place, quantity)
+                title = t(f"costs.{quantity}_title")
+                self.figure.layout.annotations[2 + place].text = title if self.rows(quantity) else t("costs.no_rows", title=title)
         self.message.value = self.sentence
 
     def _draw_map(self) -> None:
@@ -227,8 +229,9 @@ class CostModelExplorer(Panel):
 
     def _bare_figure(self) -> go.Figure:
         figure = make_subplots(
-            rows=2, cols=6, row_heights=[0.55, 0.45], vertical_spacing=0.2, horizontal_spacing=0.07,
-            specs=[[{"colspan": 3}, None, None, {"colspan": 3}, None, None], [{"colspan": 2}, None] * 3],
+            rows=2, cols=14, row_heights=[0.55, 0.45], vertical_spacing=0.2, horizontal_spacing=0,
+            specs=[[{"colspan": 6}, *[None] * 7, {"colspan": 6}, *[None] * 5],
+                   [{"colspan": 4}, *[None] * 4, {"colspan": 4}, *[None] * 4, {"colspan": 4}, *[None] * 3]],
             subplot_titles=[t("costs.map_title"), t("costs.bars_title"), *(t(f"costs.{quantity}_title") for quantity in ROWS)])
         figure.add_trace(go.Heatmap(
             x=[f"{prompt:,}" for prompt in PROMPTS], y=[str(load) for load in LOADS], zmin=-FULL_COLOUR, zmax=FULL_COLOUR, colorscale=CHEAPER_COLOURS,
@@ -239,20 +242,20 @@ class CostModelExplorer(Panel):
         for term in TERMS:
             figure.add_trace(go.Bar(y=[t(f"costs.{mode}") for mode in MODES], orientation="h", name=t(f"costs.term_{term}"),
                                     marker_color=TERM_COLOURS[term], hovertemplate="%{x:.3g} ms<extra>%{fullData.name}</extra>"),
-                             row=1, col=4)
+                             row=1, col=9)
         marks = {"mode": "markers", "hovertemplate": "%{y:.3g} ms<br>%{hovertext}<extra>%{fullData.name}</extra>"}
         for place, quantity in enumerate(ROWS):
             figure.add_trace(go.Scatter(**marks, name=t("costs.predicted"), showlegend=not place, legendgroup="predicted",
                                         marker={"size": 11, "symbol": "circle-open", "color": "#d55e00", "line_width": 2}),
-                             row=2, col=1 + 2 * place)
+                             row=2, col=1 + 5 * place)
             figure.add_trace(go.Scatter(**marks, name=t("costs.measured_legend"), showlegend=not place, legendgroup="measured",
-                                        marker={"size": 7, "symbol": "diamond", "color": INK}), row=2, col=1 + 2 * place)
+                                        marker={"size": 7, "symbol": "diamond", "color": INK}), row=2, col=1 + 5 * place)
         grid = {"gridcolor": "#e5e7eb", "zeroline": False, "fixedrange": True, "tickfont_color": FAINT}
         figure.update_xaxes(**grid).update_yaxes(**grid)
-        figure.update_xaxes(type="log", dtick=1, row=2).update_yaxes(type="log", dtick=1, row=2)
+        figure.update_xaxes(type="log", dtick=1, row=2).update_yaxes(type="log", dtick="D2", row=2)
         for place, quantity in enumerate(ROWS):
             figure.update_xaxes(title_text=t("costs.sequences_axis" if quantity == "decode" else "costs.tokens_axis"), row=2,
-                                col=1 + 2 * place)
+                                col=1 + 5 * place)
         figure.update_annotations(font_size=13)
         return figure.update_layout(
             autosize=True, barmode="stack", height=620, paper_bgcolor=PAPER, plot_bgcolor=PAPER,

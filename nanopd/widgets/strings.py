@@ -319,6 +319,7 @@ STRINGS: dict[str, tuple[str, str]] = {
     "costs.prefill_title": ("prefill", "预填充"),
     "costs.decode_title": ("decode step", "解码步"),
     "costs.mixed_title": ("prompt beside decodes", "提示与解码同在一步"),
+    "costs.no_rows": ("{title}: none measured", "{title}：没有实测"),
     "costs.prompt_axis": ("prompt, tokens", "提示长度（token）"),
     "costs.load_axis": ("sequences that decode", "正在解码的序列数"),
     "costs.tokens_axis": ("prompt tokens in the step", "这一步里的提示 token"),
