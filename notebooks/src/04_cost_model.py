@@ -157,7 +157,7 @@ def read_alone(length: int) -> PrefillRow:
     return PrefillRow(llm.engine.history[-1].duration, length, 0)
 
 read_alone(64)  # the very first step of a process is slow
-lengths = (16, 64, 128, 256, 512, 1024, 1536)
+lengths = (16, 32, 64, 128, 256, 512, 768, 1024)
 prefill = sorted(quickest(read_alone(length) for _ in range(3) for length in lengths), key=lambda row: row.new_tokens)
 for row in prefill:
     print(f"{row.new_tokens:>5} tokens {row.seconds * 1e3:8.1f} ms {row.seconds / row.new_tokens * 1e6:8.1f} us a token")
@@ -197,6 +197,7 @@ def share(prompt: list[int], batch: int, tokens: int) -> list:
     llm.step()
     return streams
 
+# %%
 def write_together(batch: int, context: int) -> DecodeRow:
     streams, start = share(fresh(context), batch, 7), llm.engine.num_steps
     for stream in streams:
@@ -262,7 +263,7 @@ nanopd.check("04.3", fit_alpha_and_beta)
 guess = nanopd.predict("04.4", gamma_over_alpha=...)
 
 # %%
-def read_beside(length: int, batch: int, context: int = 256) -> MixedRow:
+def read_beside(length: int, batch: int, context: int) -> MixedRow:
     streams = share(fresh(context), batch, 6)
     submit(fresh(length), 1).result()
     step = llm.engine.history[-1]
@@ -271,8 +272,9 @@ def read_beside(length: int, batch: int, context: int = 256) -> MixedRow:
     assert len(step.rows) == batch + 1
     return MixedRow(step.duration, length, 0, batch, float(batch * context))
 
-mixed = quickest(read_beside(length, batch) for _ in range(3) for batch in (4, 16) for length in (256, 512, 1024))
-both = next(row.seconds for row in mixed if (row.new_tokens, row.decodes) == (512, 16))
+beside = [(256, 4, 64), (256, 16, 512), (512, 4, 512), (512, 16, 64), (512, 16, 256), (1024, 4, 256), (1024, 16, 64)]
+mixed = quickest(read_beside(*cell) for _ in range(3) for cell in beside)
+both = next(row.seconds for row in mixed if (row.new_tokens, row.context_tokens) == (512, 16 * 256))
 guess.reveal((both - step_ms[16, 256] / 1e3) / took[512])
 
 # %%

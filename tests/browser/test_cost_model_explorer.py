@@ -1,0 +1,25 @@
+"""The cost-model explorer in a real browser: move a slider, choose another model, see the figure change."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+
+PANEL = """\
+from nanopd import widgets
+from nanopd.cost_model.presets import preset
+
+widgets.CostModelExplorer(preset("nvidia-h200/qwen3-8b"))"""
+
+
+@pytest.mark.parametrize(("lang", "badge"), [("en", "Measured on NVIDIA H200"), ("zh", "实测 NVIDIA H200")])
+def test_the_explorer_follows_its_sliders(open_notebook, write_notebook, lang, badge):
+    notebook = open_notebook(write_notebook(f"{lang}/cost_model_explorer.ipynb", PANEL))
+    notebook.run_all()
+    panel = notebook.panel("widgets.CostModelExplorer(")
+    assert badge in panel.text_content()
+    notebook.slide_and_see_change(panel)
+    notebook.press_and_see_change(panel, ".widget-toggle-button:last-child")
+    notebook.screenshot(f"04-{lang}")
+    notebook.assert_quiet()
