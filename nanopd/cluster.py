@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ import torch
 from nanopd.client import Client, Prompt, Stream
 from nanopd.config import ConfigError, Topology
 from nanopd.core import Request, SamplingParams, TokenEvent
-from nanopd.engine.factory import EngineOptions, give_back_memory, resolve_device
+from nanopd.engine.factory import EngineOptions, device_name, give_back_memory, resolve_device
 from nanopd.engine.limits import Limits
-from nanopd.messages import History, Status
-from nanopd.models.loader import load_tokenizer
+from nanopd.messages import History, LinkTimed, Status
+from nanopd.models.loader import load_spec, load_tokenizer, resolve_dtype
 from nanopd.router.central_scheduler import TIMELINES_KEPT, CentralScheduler
 from nanopd.router.timeline import Timeline
 from nanopd.router.trace import save_trace
@@ -63,6 +63,9 @@ class Cluster(Client):
         engine_options = EngineOptions.from_keywords(options)
         for device in self.topology.devices:
             resolve_device(device)
+        self.model = model
+        self.spec = load_spec(model)
+        self.dtype = resolve_dtype(dtype, self.spec, torch.device(self.topology.devices[0]))
         super().__init__(load_tokenizer(model), seed)
         spec = partial(HostSpec, model=model, dtype=dtype, load_format=load_format, seed=seed, options=engine_options,
                        transport=transport, checksums=checksums)
@@ -83,6 +86,11 @@ class Cluster(Client):
     @property
     def limits(self) -> Limits:
         return self._central.limits
+
+    @property
+    def device_name(self) -> str:
+        """What the topology's first device calls itself, such as "NVIDIA H200"."""
+        return device_name(self.topology.devices[0])
 
     def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, timeout: float | None = None,
                mode: str | None = None) -> Stream:
@@ -122,6 +130,36 @@ class Cluster(Client):
         Raises ConfigError if there is no such worker or role, or if a role would be left without a worker.
         """
         self._central.set_role(worker_id, role)
+
+    @contextmanager
+    def cast(self, roles: dict[str, str]) -> Iterator[None]:
+        """For the time being these workers alone get requests, each in the role given: {"D1": "C"}, to measure it.
+
+        Raises:
+            ConfigError: there is no such worker.
+            RuntimeError: requests are open.
+        """
+        if self.has_work:
+            raise RuntimeError("requests are open: wait for them, or cancel them")
+        with self._central.fleet.cast(roles):
+            yield
+
+    def time_link(self, source_id: str, destination_id: str, num_tokens: int) -> LinkTimed:
+        """How long KV takes from a worker to another, up to that of `num_tokens` tokens. Neither should have work to do.
+
+        Raises:
+            ConfigError: there is no such worker.
+            RuntimeError: it could not be measured; the message says why.
+        """
+        prompt = self._random.choices(range(self.limits.vocab_size), k=num_tokens)
+        with self._undivided():
+            job = self._central.time_link(source_id, destination_id, prompt)
+        while job not in self._central.link_times:
+            self.step()
+        times = self._central.link_times.pop(job)
+        if isinstance(times, str):
+            raise RuntimeError(f"the link from {source_id} to {destination_id} can't be timed: {times}")
+        return times
 
     def save_trace(self, path: str | Path) -> None:
         """Write what the latest requests and the workers did as a Chrome trace, for https://ui.perfetto.dev."""

@@ -31,6 +31,7 @@ from nanopd.messages import (
     Corrupted,
     FromWorker,
     Granted,
+    LinkTimed,
     Lost,
     Prefill,
     Prefilled,
@@ -38,6 +39,7 @@ from nanopd.messages import (
     Reserve,
     Resume,
     Serve,
+    TimeLink,
     Tokens,
     TransferFailed,
     WriteEnded,
@@ -72,6 +74,8 @@ class CentralScheduler:
         self.fleet = Fleet(executor, limits.max_num_seqs)
         self._entries: dict[str, Entry] = {}  # by request id
         self._jobs: dict[str, Entry] = {}  # by the job of the current attempt
+        self.link_times: dict[str, LinkTimed | str] = {}  # by job; a text says why there are none
+        self._links: dict[str, str] = {}  # by job: the worker that is to time its link to another
         self._lines: dict[str, list[Entry]] = {mode: [] for mode in MODES}  # queued or reserving, by ticket
         self._deadlines: list[tuple[float, str]] = []  # a heap; of requests that may have ended
         self._tickets = count()
@@ -80,7 +84,7 @@ class CentralScheduler:
         self._handlers: dict[type, Callable] = {
             Tokens: self._on_tokens, Granted: self._on_granted, Refused: self._on_refused, Prefilled: self._on_prefilled,
             WriteEnded: self._on_write_ended, TransferFailed: self._on_transfer_failed, Corrupted: self._on_corrupted,
-            Lost: self._on_lost,
+            LinkTimed: self._on_link_timed, Lost: self._on_lost,
         }
 
     # ----------------------------------------------------------------------------------- what clients ask for
@@ -159,6 +163,20 @@ class CentralScheduler:
         """
         modes = {self.mode, *(entry.mode for entry in self._entries.values())}
         self.fleet.set_role(worker_id, role, {needed for mode in modes for needed in MODES[mode]})
+
+    def time_link(self, source_id: str, destination_id: str, prompt_token_ids: list[int]) -> str:
+        """Have a worker send as many blocks to another as a prompt takes, and say how long that takes: `link_times` has it
+        later, by the job returned. They are sent to blocks leased as for any prompt.
+
+        Raises ConfigError if there is no such worker.
+        """
+        for worker_id in (source_id, destination_id):
+            self.fleet.check_worker(worker_id)
+        job = f"link {next(self._tickets)}"
+        self._links[job] = source_id
+        self.fleet.workers[destination_id].answers[job] = 1
+        self.fleet.send(destination_id, Reserve(Request(job, prompt_token_ids)))
+        return job
 
     # ------------------------------------------------------------------------------------------ in line
 
@@ -250,6 +268,7 @@ class CentralScheduler:
 
     def _on_refused(self, worker_id: str, message: Refused) -> None:
         self.fleet.let_go(worker_id, message.request_id)
+        self._end_link(message.request_id, f"{worker_id} has no room for so many blocks now")
         entry = self._jobs.get(message.request_id)
         if entry is not None:
             self.fleet.workers[worker_id].refused_at = entry.news_when_asked
@@ -258,6 +277,9 @@ class CentralScheduler:
             entry.timeline.num_refusals += 1
 
     def _on_granted(self, worker_id: str, message: Granted) -> None:
+        if message.request_id in self._links:
+            self._on_link_granted(worker_id, message)
+            return
         entry, prefiller = self._jobs.get(message.request_id), self.fleet.choose("P")
         if entry is None or prefiller is None:  # ended meanwhile, or about to: nobody will write, nobody will read
             self.fleet.release(message.destination, "request", "writer")
@@ -291,11 +313,36 @@ class CentralScheduler:
         del self.fleet.workers[worker_id].writes[message.request_id]
         self.fleet.release(message.destination, "writer")
 
+    # --------------------------------------------------------------------------------------- timing a link
+
+    def _on_link_granted(self, worker_id: str, message: Granted) -> None:
+        """Blocks that nobody will read."""
+        job, destination = message.request_id, message.destination
+        source = self.fleet.workers.get(self._links[job])
+        self.fleet.let_go(worker_id, job)
+        self.fleet.release(destination, "request")
+        if source is None:
+            self.fleet.release(destination, "writer")
+            self._end_link(job, f"{self._links[job]} is gone")
+            return
+        source.writes[job] = destination
+        self.fleet.send(self._links[job], TimeLink(job, destination))
+
+    def _on_link_timed(self, worker_id: str, message: LinkTimed) -> None:
+        del self.fleet.workers[worker_id].writes[message.request_id]
+        self.fleet.release(message.destination, "writer")
+        self._end_link(message.request_id, message)
+
+    def _end_link(self, job: str, result: LinkTimed | str) -> None:
+        if self._links.pop(job, None) is not None:
+            self.link_times[job] = result
+
     # -------------------------------------------------------------------------------------- what goes wrong
 
     def _on_transfer_failed(self, worker_id: str, message: TransferFailed) -> None:
         del self.fleet.workers[worker_id].writes[message.request_id]
         self.fleet.release(message.destination, "writer")
+        self._end_link(message.request_id, message.error)
         self._retry(message.request_id, f"the transfer from {worker_id} to {message.destination.worker_id} failed "
                                         f"({message.error})")
 
@@ -305,6 +352,7 @@ class CentralScheduler:
     def _on_lost(self, worker_id: str, message: Lost) -> None:
         what, jobs = self.fleet.lose(worker_id, message.reason)
         for job in jobs:
+            self._end_link(job, what)
             self._retry(job, what)
 
     def _retry(self, job: str, what: str) -> None:
