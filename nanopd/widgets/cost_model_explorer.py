@@ -4,7 +4,7 @@ predictions are from what was measured."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from html import escape
 
@@ -164,7 +164,7 @@ class CostModelExplorer(Panel):
         self.model_buttons = widgets.ToggleButtons(options=[(t("costs.five"), FIVE), (t("costs.fitted"), FITTED)],
                                                    style={"button_width": "auto"})
         self.parameters: dict[str, widgets.Widget] = {
-            name: _small(widgets.FloatLogSlider, t(f"costs.{name}"), min=low, max=high, step=0.02, readout_format=".3g")
+            name: _small(widgets.FloatLogSlider, t(f"costs.{name}"), min=low, max=high, step=0.001, readout_format=".3g")
             for name, (low, high) in PARAMETERS.items()}
         self.parameters["batch_thresh"] = _small(widgets.IntSlider, t("costs.batch_thresh"), min=1, max=256)
         starts = {"prompt": (PROMPTS, 1024), "output": (OUTPUTS, 128), "load": (LOADS, 4)}
@@ -191,13 +191,13 @@ class CostModelExplorer(Panel):
         self.model_buttons.disabled = self.profile is None
         for control in self.parameters.values():
             control.disabled = isinstance(self.costs, FittedModel)
+        self._draw_map()
+        # Traces of one batch have to be given the same properties: in the page, one that is not given a property loses it.
         with self.figure.batch_update():
-            self._draw_map()
             self._draw_bars()
+        with self.figure.batch_update():
             for place, quantity in enumerate(ROWS):
-                self._draw_rows(PLOTS + 2 * place, quantity)
-                title = t(f"costs.{quantity}_title")
-                self.figure.layout.annotations[2 + place].text = title if self.rows(quantity) else t("costs.no_rows", title=title)
+                self._draw_rows(place, quantity)
         self.message.value = self.sentence
 
     def _draw_map(self) -> None:
@@ -218,7 +218,8 @@ class CostModelExplorer(Panel):
         for place, term in enumerate(TERMS):
             self.figure.data[BARS + place].x = [1e3 * paths[mode].get(term, 0.0) for mode in MODES]
 
-    def _draw_rows(self, first: int, quantity: str) -> None:
+    def _draw_rows(self, place: int, quantity: str) -> None:
+        first, title = PLOTS + 2 * place, t(f"costs.{quantity}_title")
         rows, errors = self.rows(quantity), self.errors(quantity)
         x = [_axis_value(row) for row in rows]
         told = [_told(row) for row in rows]
@@ -226,16 +227,20 @@ class CostModelExplorer(Panel):
             x=x, y=[1e3 * row.seconds * (1 + error) for row, error in zip(rows, errors)],
             hovertext=[f"{text}<br>{100 * error:+.0f}%" for text, error in zip(told, errors)])
         self.figure.data[first + MEASURED].update(x=x, y=[1e3 * row.seconds for row in rows], hovertext=told)
+        self.figure.layout.annotations[2 + place].text = title if rows else t("costs.no_rows", title=title)
+        for axis in ("xaxis", "yaxis"):
+            self.figure.layout[f"{axis}{3 + place}"].visible = bool(rows)
 
     def _bare_figure(self) -> go.Figure:
+        predicted = t("costs.predicted")
         figure = make_subplots(
             rows=2, cols=14, row_heights=[0.55, 0.45], vertical_spacing=0.2, horizontal_spacing=0,
             specs=[[{"colspan": 6}, *[None] * 7, {"colspan": 6}, *[None] * 5],
                    [{"colspan": 4}, *[None] * 4, {"colspan": 4}, *[None] * 4, {"colspan": 4}, *[None] * 3]],
             subplot_titles=[t("costs.map_title"), t("costs.bars_title"), *(t(f"costs.{quantity}_title") for quantity in ROWS)])
         figure.add_trace(go.Heatmap(
-            x=[f"{prompt:,}" for prompt in PROMPTS], y=[str(load) for load in LOADS], zmin=-FULL_COLOUR, zmax=FULL_COLOUR, colorscale=CHEAPER_COLOURS,
-            xgap=1, ygap=1, showscale=False, hovertemplate=f"%{{x}} × %{{y}}: %{{customdata}}<extra>{t('costs.predicted')}</extra>"),
+            x=[f"{prompt:,}" for prompt in PROMPTS], y=[str(load) for load in LOADS],
+            zmin=-FULL_COLOUR, zmax=FULL_COLOUR, colorscale=CHEAPER_COLOURS, xgap=1, ygap=1, showscale=False, hovertemplate=f"%{{x}} × %{{y}}: %{{customdata}}<extra>{predicted}</extra>"),
             row=1, col=1)
         figure.add_trace(go.Scatter(mode="markers", marker={"size": 13, "symbol": "circle-open", "color": INK, "line_width": 3},
                                     hoverinfo="skip", showlegend=False), row=1, col=1)
@@ -244,8 +249,8 @@ class CostModelExplorer(Panel):
                                     marker_color=TERM_COLOURS[term], hovertemplate="%{x:.3g} ms<extra>%{fullData.name}</extra>"),
                              row=1, col=9)
         marks = {"mode": "markers", "hovertemplate": "%{y:.3g} ms<br>%{hovertext}<extra>%{fullData.name}</extra>"}
-        for place, quantity in enumerate(ROWS):
-            figure.add_trace(go.Scatter(**marks, name=t("costs.predicted"), showlegend=not place, legendgroup="predicted",
+        for place in range(len(ROWS)):
+            figure.add_trace(go.Scatter(**marks, name=predicted, showlegend=not place, legendgroup="predicted",
                                         marker={"size": 11, "symbol": "circle-open", "color": "#d55e00", "line_width": 2}),
                              row=2, col=1 + 5 * place)
             figure.add_trace(go.Scatter(**marks, name=t("costs.measured_legend"), showlegend=not place, legendgroup="measured",

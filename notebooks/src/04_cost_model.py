@@ -334,8 +334,8 @@ widgets.CostModelExplorer(profile)
 
 # %% [markdown] lang="en"
 # Filled diamonds were measured, open circles are what the five numbers say about the very same steps. Nobody asks for
-# perfection here. But look at **how** they are wrong: at both ends of the prompts, at every context but one, and in the third
-# plot all in one direction. Errors that have a shape are not noise; they are a term that is missing, or one too many.
+# perfection here. But look at **how** they are wrong: at both ends of the prompts, at short contexts and at long ones, and in
+# the third plot nearly all in one direction. Errors that have a shape are not noise; they are a term that is missing, or one too many.
 #
 # ## 4.6 A model of a step
 #
@@ -348,8 +348,8 @@ widgets.CostModelExplorer(profile)
 # sharpness 1? And with a sharpness so large that it is a maximum?**
 
 # %% [markdown] lang="zh"
-# 实心菱形是实测，空心圆是五个数对同样这些步的说法。这里没人要求完美。但请看它们**怎么错**：提示的两头都错，上下文只有一种对得上，
-# 第三张图里更是全往一边倒。有形状的误差不是噪声，而是少了一项，或者多了一项。
+# 实心菱形是实测，空心圆是五个数对同样这些步的说法。这里没人要求完美。但请看它们**怎么错**：提示的两头都错，短的上下文和长的上下文也都错，
+# 第三张图里更是几乎全往一边倒。有形状的误差不是噪声，而是少了一项，或者多了一项。
 #
 # ## 4.6 一步的模型
 #
@@ -430,9 +430,23 @@ for (load, length, output), seconds in served.items():
 
 # %% [markdown] lang="en"
 # A factor of 1 would be perfect. The fitted model is not, either, least of all on a machine that has other things to do:
-# a profile is as good as the hour in which it was made. `nanopd profile` measures a machine in this way, in one go, and writes
-# the rows and the fit to a file.
-#
+# a profile is as good as the hour in which it was made. `nanopd profile` measures a machine in one go and writes the rows and the
+# fit to a file; `profile_cluster` does the same to a running cluster. Give it some seconds:
+
+# %% [markdown] lang="zh"
+# 比值为 1 才算完美。拟合模型也做不到，机器忙着别的事时更是如此：一份 Profile 有多准，要看测它的那一个小时。`nanopd profile` 一次测完一台机器，
+# 把测量数据和拟合结果写进文件；`profile_cluster` 对正在运行的集群做同样的事。给它几秒钟：
+
+# %%
+from nanopd import Cluster
+from nanopd.cost_model.profiler import profile_cluster
+
+with Cluster("tiny", "C:cpu P:cpu D:cpu", dtype="float32", max_num_batched_tokens=2048) as cluster:
+    at_once = profile_cluster(cluster, seconds=12)
+for found in at_once.fits:
+    print(f"{found.quantity:<32} {len(found.errors):>3} rows, held-out error {found.held_out_median_error:.1%} in the median")
+
+# %% [markdown] lang="en"
 # ## 4.7 A GPU, from what was recorded
 #
 # Now a real one: an NVIDIA H200 with Qwen3-8B, recorded by `nanopd bench decode`, `prefill` and `transfer`. Numbers first, by
@@ -442,9 +456,6 @@ for (load, length, output), seconds in served.items():
 # 9 ms. **How many tokens long must it be before its length matters more than the floor?**
 
 # %% [markdown] lang="zh"
-# 比值为 1 才算完美。拟合模型也做不到，机器忙着别的事时更是如此：一份 Profile 有多准，要看测它的那一个小时。`nanopd profile` 就是这样测量一台机器的，
-# 一次测完，把测量数据和拟合结果写进文件。
-#
 # ## 4.7 一块 GPU 的记录
 #
 # 来看真家伙：NVIDIA H200 上的 Qwen3-8B，数据由 `nanopd bench decode`、`prefill` 和 `transfer` 录得。先动笔。它有 81.9 亿个参数，
@@ -455,11 +466,13 @@ for (load, length, output), seconds in served.items():
 guess = nanopd.predict("04.7", floor_ms=..., context_token_ns=..., prompt_tokens=...)
 
 # %%
-from nanopd.cost_model.presets import preset
+from nanopd.benchmark.results import RECORDED
+from nanopd.cost_model.presets import from_results
+from nanopd.models.spec import load_spec
 
-h200 = preset("nvidia-h200/qwen3-8b")
+h200 = from_results(RECORDED / "nvidia-h200", "qwen3-8b", load_spec("qwen3-8b"))
 reading, writing = h200.cost.prefill, h200.cost.decode
-print(f"{h200.device}, {h200.date[:10]};", *h200.notes, sep="\n  ")
+print(f"{h200.device}, {h200.model}, {h200.dtype}:", *h200.notes, sep="\n  ")
 guess.reveal(writing.floor_seconds * 1e3, writing.context_token_seconds * 1e9, reading.floor_seconds / reading.token_seconds)
 decode_fit = next(found for found in h200.fits if found.quantity == "decode")
 print("what a sequence adds, in seconds:", decode_fit.intervals["sequence_seconds"], "from", len(h200.measurements.decode), "rows")

@@ -12,7 +12,17 @@ from nanopd.cost_model.measurements import DecodeRow, Measurements, MixedRow, Pr
 from nanopd.cost_model.presets import preset
 from nanopd.cost_model.profile import Profile
 from nanopd.cost_model.seed import seed_preset
-from nanopd.widgets.cost_model_explorer import BARS, HERE, LOADS, MAP, MEASURED, PLOTS, PREDICTED, PROMPTS, CostModelExplorer
+from nanopd.widgets.cost_model_explorer import (
+    BARS,
+    HERE,
+    LOADS,
+    MAP,
+    MEASURED,
+    PLOTS,
+    PREDICTED,
+    PROMPTS,
+    CostModelExplorer,
+)
 from nanopd.widgets.path_costs import TERMS
 from nanopd.widgets.strings import set_language
 
@@ -115,12 +125,16 @@ def test_a_gamma_that_holds_the_prefill_shows_as_circles_above_the_diamonds(prof
     assert max(panel.errors("mixed")) < before / 2
 
 
-def test_the_recorded_gpu_says_that_gamma_was_not_measured():
-    panel = CostModelExplorer()
-    panel.load(H200)
-    date = preset("nvidia-h200/qwen3-8b").date[:10]
-    assert f"NVIDIA H200, qwen3-8b, bfloat16, {date}; no mixed steps" in panel.message.value
+def test_a_profile_without_mixed_steps_says_that_gamma_was_not_measured(profile):
+    panel = CostModelExplorer(replace(profile, measurements=replace(profile.measurements, mixed=())))
+    assert "float32, 2026-01-02; no mixed steps" in panel.message.value
     assert panel.figure.layout.annotations[4].text == "prompt beside decodes: none measured"
+
+
+def test_a_recorded_gpu_is_among_the_sources():
+    panel = CostModelExplorer()
+    panel.source.value = H200
+    assert f"Measured</b> on {H200}, {preset('nvidia-h200/qwen3-8b').date[:10]}" in panel.message.value
     panel.model_buttons.value = "fitted"
     assert set(bars(panel)) == {"prefill", "transfer", "decode", "others"}
     panel.load("H20")

@@ -6,7 +6,15 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-from nanopd.cost_model.analytical import CostModel, DecodeCost, MixedCost, PrefillCost, Shape, StepWork, attended_pairs
+from nanopd.cost_model.analytical import (
+    CostModel,
+    DecodeCost,
+    MixedCost,
+    PrefillCost,
+    Shape,
+    StepWork,
+    attended_pairs,
+)
 from nanopd.cost_model.measurements import DecodeRow, PrefillRow
 from nanopd.cost_model.seed import SeedModel, seed_preset, seed_preset_names
 from nanopd.workbook.check import exercise, say
