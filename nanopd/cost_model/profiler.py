@@ -40,9 +40,10 @@ PROBES = (32, 128, 512, 2048)  # tokens of prompts that arrive while others deco
 PROBES_SHARE = 0.3  # of the time that is left for a context
 TIMES = 4  # that a prompt is computed, the first for warming up
 STEPS, DECODE_FOR = 12, 0.2  # of a batch at least, and for so many seconds
-MOST_STEPS = 60
+BATCHES_SEEN = 20  # batches that those of the first one should live to see
 LEAST = 4  # prompts that are measured whatever time it takes: fewer can't be fitted
 LEAST_BATCHES = (4, 3)  # of the first contexts, likewise
+LEAST_MIXED = 4  # rows; from fewer nothing is fitted
 USABLE = 0.9  # share of the blocks: nobody shall be preempted
 
 
@@ -66,16 +67,19 @@ def profile_cluster(cluster: Cluster, progress: Progress = lambda text, share: N
         decode, mixed = _measure_decode(load, budget)
         transfer = [row for pair in _pairs(cluster) for row in _measure_link(cluster, budget, *pair)]
     budget.say("fitting")
-    links = ("links: sends between idle workers, whole" if transfer else
-             "links: none, for the topology has no worker of role P beside one of role D")
+    notes = [f"steps: of {worker_id} in '{cluster.topology}', {cluster.executor} executor; workers and devices of a kind are "
+             "taken to be alike",
+             "links: sends between idle workers, whole" if transfer else
+             "links: none, for the topology has no worker of role P beside one of role D"]
+    if not mixed:
+        notes.append("what decodes add to a step with a prompt is assumed, not measured")
     return Profile.of(
         Measurements(tuple(prefill), tuple(decode), tuple(mixed), tuple(transfer)),
         Shape(cluster.spec.num_layers, cluster.spec.kv_bytes_per_token(cluster.dtype.itemsize)),
         device=cluster.device_name, model=cluster.model, dtype=str(cluster.dtype).removeprefix("torch."),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"nanopd": nanopd.__version__, "python": platform.python_version(), "torch": version("torch")},
-        notes=(f"steps: of {worker_id} in '{cluster.topology}', {cluster.executor} executor; workers and devices of a kind are "
-               "taken to be alike", links))
+        notes=tuple(notes))
 
 
 def _worker_to_measure(cluster: Cluster) -> str:
@@ -149,8 +153,8 @@ def _measure_decode(load: _Load, budget: _Budget) -> tuple[list[DecodeRow], list
             gap = gap_between(alone)
             decodes += decode_rows(alone, gap)
             mixes += mixed_rows(with_prompts, gap)
-    is_told_apart = len({row.decodes for row in mixes}) > 1
-    return decodes, mixes if is_told_apart else []
+    suffices = len(mixes) >= LEAST_MIXED and len({row.decodes for row in mixes}) > 1
+    return decodes, mixes if suffices else []
 
 
 def _contexts(longest: int) -> list[int]:
@@ -174,11 +178,11 @@ def _climb(load: _Load, budget: _Budget, context: int, room: int, least: int,
         budget.say(f"{size} sequences of {context} tokens")
         try:
             batch += [load.send(context, room) for _ in range(missing)]
-        except Overloaded:  # the cluster takes no more
+            alone, between = load.decode(batch, max(STEPS, room // BATCHES_SEEN)), time.monotonic()
+            if number % 2 == 0 and size < most:
+                _send_probes(load, budget, number < least, budget.part(PROBES_SHARE, until))
+        except Overloaded:  # the cluster lets no more in
             break
-        alone, between = load.decode(batch), time.monotonic()
-        if number % 2 == 0 and size < most:
-            _send_probes(load, budget, number < least, budget.part(PROBES_SHARE, until))
         yield alone, load.steps(between)
     load.clear()
 
@@ -251,11 +255,11 @@ class _Load:
         if not self._open:
             self.token_seconds = (time.monotonic() - start) / length
 
-    def decode(self, batch: list[str]) -> list[StepRecord]:
+    def decode(self, batch: list[str], most_steps: int = STEPS) -> list[StepRecord]:
         """Some steps of all of a batch together."""
         self._await(batch, 1)
         begin, first = time.monotonic(), self._written.get(batch[-1], 0)
-        for count in range(STEPS, MOST_STEPS + 1, STEPS):
+        for count in range(STEPS, most_steps + 1, STEPS):
             self._await(batch[-1:], first + count)
             if time.monotonic() > begin + DECODE_FOR:
                 break

@@ -15,21 +15,23 @@ if TYPE_CHECKING:
 
 
 def table(profile: Profile) -> Table:
-    """A row for each constant. Errors are |predicted / measured - 1| of rows left out of the fit."""
+    """A row for each constant, in seconds where no other unit is in its name. Errors are |predicted / measured - 1| of rows left out of the fit."""
     from rich import box
     from rich.table import Table
 
     title = f"{profile.model}, {profile.dtype}, on {profile.device}"
     result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    for heading in ("quantity", "constant"):
-        result.add_column(heading, overflow="fold")
-    for heading in ("value", "95% interval", "median error", "p95 error"):
+    result.add_column("quantity")
+    result.add_column("constant", no_wrap=True)
+    for heading in ("value", "95% interval"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("median error", "p95 error"):
         result.add_column(heading, justify="right")
     for fit, constants in zip(profile.fits, _fitted(profile.cost, profile.fits), strict=True):
         errors = [_percent(fit.held_out_median_error), _percent(fit.held_out_p95_error)]
         quantity = fit.quantity
         for name in (*fit.intervals, *fit.assumed):
-            result.add_row(quantity, name, _number(getattr(constants, name)), _interval(fit, name), *errors)
+            result.add_row(quantity, name.removesuffix("_seconds"), _number(getattr(constants, name)), _interval(fit, name), *errors)
             quantity, errors = "", []
         result.add_section()
     return result
