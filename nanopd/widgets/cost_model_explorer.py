@@ -240,7 +240,8 @@ class CostModelExplorer(Panel):
             subplot_titles=[t("costs.map_title"), t("costs.bars_title"), *(t(f"costs.{quantity}_title") for quantity in ROWS)])
         figure.add_trace(go.Heatmap(
             x=[f"{prompt:,}" for prompt in PROMPTS], y=[str(load) for load in LOADS],
-            zmin=-FULL_COLOUR, zmax=FULL_COLOUR, colorscale=CHEAPER_COLOURS, xgap=1, ygap=1, showscale=False, hovertemplate=f"%{{x}} × %{{y}}: %{{customdata}}<extra>{predicted}</extra>"),
+            zmin=-FULL_COLOUR, zmax=FULL_COLOUR, colorscale=CHEAPER_COLOURS, xgap=1, ygap=1, showscale=False,
+            hovertemplate=f"%{{x}} × %{{y}}: %{{customdata}}<extra>{predicted}</extra>"),
             row=1, col=1)
         figure.add_trace(go.Scatter(mode="markers", marker={"size": 13, "symbol": "circle-open", "color": INK, "line_width": 3},
                                     hoverinfo="skip", showlegend=False), row=1, col=1)
@@ -278,7 +279,7 @@ def _title(profile: Profile) -> str:
 
 
 def _small(kind: type[widgets.Widget], description: str, **options: object) -> widgets.Widget:
-    return kind(description=description, style={"description_width": "auto"}, layout=widgets.Layout(width="290px"), **options)
+    return kind(description=description, style={"description_width": "auto"}, layout=widgets.Layout(width="272px"), **options)
 
 
 def _times(log_ratio: float) -> str:

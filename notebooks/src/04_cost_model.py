@@ -12,7 +12,7 @@
 # It takes about an hour, and all of it runs on a CPU. The code is in `nanopd/cost_model/`: `seed.py` is the formula,
 # `analytical.py` the model, `fit.py` finds its constants.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="2750da95"
 # # 04 代价模型
 #
 # 来了一个请求。是让一块 GPU 既读提示又写回答，还是一块读、另一块写？要做这个决定，得在什么都没跑之前先有两个数：在这里要多久，
@@ -53,7 +53,7 @@ from nanopd.cost_model.seed import fit_seed, seed_preset
 # 392 GB/s; batch_thresh 16 on both. **With pencil and paper: gamma / transfer_rate on each? And from which load on does
 # each disaggregate?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="ea9786c8"
 # ## 4.1 五个数
 #
 # 本项目的起点是早先的一个系统（下面叫它 Seed）。它在启动时测五个数，靠它们做决定：
@@ -87,7 +87,7 @@ guess.reveal(rtx.gamma_over_transfer_rate, rtx.crossover_load, h20.gamma_over_tr
 # back. Below is the same with all the sliders. Take the load up and down, and then the prompt's length. **Which of the five
 # parameters, besides gamma and bandwidth, moves the border between blue and red?** And why does the border run straight across?
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="0654b7ec"
 # 7.6 和 346；负载 3，以及任何负载。拖住 4090 的是它那条慢链路（锁页内存中转）。下面是同一个公式，配上了全部滑块。先把负载推高、拉低，
 # 再动提示长度。**除了 gamma 和带宽，五个参数里还有哪一个能移动红蓝之间的边界？** 边界又为什么是一条横线？
 
@@ -100,7 +100,7 @@ widgets.CostModelExplorer()
 #
 # **Exercise 4.1.** Write the rule.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="8270b0c6"
 # 只有 batch_thresh。alpha 和 beta 两条路径上都有；而有差别的两项都与长度成正比，所以长度能让差距变大，却不能让它掉头。
 # 记住这一点：在这个公式里，提示多长无关紧要。
 #
@@ -126,7 +126,7 @@ nanopd.check("04.1", prefers_disaggregated)
 #
 # **How many times as long as a prompt of 64 tokens does one of 1,024 take?** The formula says 16.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="5373e826"
 # ## 4.2 读
 #
 # 现在轮到这台机器。引擎的每一步都有记录：有哪些行，用了多久。所以测量这件事，主要就是安排出合适的步来。每种测几遍，**取最快的一遍**：
@@ -176,7 +176,7 @@ guess.reveal(took[1024] / took[64])
 # cache reads it once. **How many times as long as a step of 1 sequence is one of 16, at 32 tokens of context? And with 16
 # sequences, how many times as long is a step at 1,024 tokens of context as one at 32?** Beta says: 1 up to batch_thresh, and 1.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="89d474a3"
 # 看最后一列。alpha 若真是常数，这一列就该不变。可它先降：每步都有一块**地板**，token 再少也要干的活。然后又升：每个 token 都要看它前面的所有 token，
 # 所以注意力是**二次**的。（CPU 上的注意力是普通的 torch 实现，连被掩掉的那一半也算了，所以一千个 token 之内就看得出来。）
 # 一条过原点的直线，顶多只能在中间对上。
@@ -222,7 +222,7 @@ guess.reveal(step_ms[16, 32] / step_ms[1, 32], step_ms[16, 1024] / step_ms[16, 3
 # between what is predicted and what was measured. `batch_thresh` is given. (Hint: both are slopes of a line through 0, and the
 # slope is Σ x·y / Σ x·x. Of what is x in the second?)
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="ed9bc828"
 # 往右是批变大，往下是上下文变长。前一个效应公式里算是有：先平，再成正比。后一个根本没有。可就算在 GPU 上，每一步也要把每条序列的每个键和值都读一遍。
 #
 # **练习 4.3** 用最小二乘法拟合 alpha 和 beta：让所有行上预测与实测之差的平方和最小的那两个数。`batch_thresh` 已给定。
@@ -251,7 +251,7 @@ nanopd.check("04.3", fit_alpha_and_beta)
 #
 # **How many times alpha is that?** (16 sequences decode; the prompt has 512 tokens.)
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="96e7b9cf"
 # ## 4.4 并排，与过河
 #
 # 还剩两个。**带宽**简单：从一个缓存往另一个缓存搬些块。**gamma** 是一个提示对正在解码的序列做了什么。那就让几条序列解码，来一个提示，
@@ -297,7 +297,7 @@ print(f"gamma / transfer rate = {five.gamma_over_transfer_rate:.1f}: disaggregat
 # Eight sequences decode after prompts of 256 tokens. A request comes in: 600 tokens of prompt, 16 of answer, collocated. The
 # five numbers give its time from arrival to end. **How many times what is then measured is it?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="fe6d38b4"
 # 这台机器的五个数都齐了。刚才看到的那个比值，请先记住：提示给别人添的时间，摊到每个 token 上，**和读它自己的时间差不多**
 # （多一点还是少一点，要看你的机器当时忙不忙）。后面还会回到这里。
 #
@@ -344,10 +344,12 @@ widgets.CostModelExplorer(profile)
 # where one thread does all, they add up. One more number, the **sharpness** s, lets the measurement say which: (a^s + b^s)^(1/s),
 # a sum at s = 1 and a maximum when s is large. Contexts come on top: attention waits for the layer before it.
 #
-# By hand: floor 5 ms, 25 µs a sequence, 36 ns a token of context. 256 sequences, contexts of 1,000. **How many ms, with
-# sharpness 1? And with a sharpness so large that it is a maximum?**
+# By hand: floor 5 ms, 25 µs a sequence, 36 ns a token of context; 256 sequences, contexts of 1,000. With sharpness 1 that is
+# 5 + 6.4 + 9.2 = 20.6 ms; with a sharpness so large that it is a maximum, 6.4 + 9.2 = 15.6 ms.
+#
+# **Exercise 4.6.** Write it: a roofline in the batch, and the contexts on top.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="808f7a3d"
 # 实心菱形是实测，空心圆是五个数对同样这些步的说法。这里没人要求完美。但请看它们**怎么错**：提示的两头都错，短的上下文和长的上下文也都错，
 # 第三张图里更是几乎全往一边倒。有形状的误差不是噪声，而是少了一项，或者多了一项。
 #
@@ -357,19 +359,9 @@ widgets.CostModelExplorer(profile)
 # 两件事能同时做的硬件上，短的藏在长的后面；只有一个线程时，两者相加。再加一个数，**锐度** s，让测量自己来说是哪一种：(a^s + b^s)^(1/s)，
 # s = 1 是求和，s 很大就是取最大值。上下文另加：注意力要等前面的计算。
 #
-# 笔算：地板 5 毫秒，每条序列 25 微秒，每个上下文 token 36 纳秒。256 条序列，上下文各 1,000。**锐度为 1 时是多少毫秒？锐度大到等于取最大值时呢？**
-
-# %%
-guess = nanopd.predict("04.6", added_ms=..., maximum_ms=...)
-
-# %%
-floor, compute, contexts = 5.0, 256 * 0.025, 256 * 1000 * 36e-6
-guess.reveal(added_ms=floor + compute + contexts, maximum_ms=max(floor, compute) + contexts)
-
-# %% [markdown] lang="en"
-# **Exercise 4.6.** Write it: a roofline in the batch, and the contexts on top.
-
-# %% [markdown] lang="zh"
+# 笔算一遍：地板 5 毫秒，每条序列 25 微秒，每个上下文 token 36 纳秒；256 条序列，上下文各 1,000。锐度为 1 时是
+# 5 + 6.4 + 9.2 = 20.6 毫秒；锐度大到等于取最大值时，是 6.4 + 9.2 = 15.6 毫秒。
+#
 # **练习 4.6** 写出来：对批大小是一条屋顶线，上下文另加。
 
 # %% nbgrader={"grade_id": "ex-4-6", "solution": true}
@@ -390,7 +382,7 @@ nanopd.check("04.6", decode_step_seconds)
 # added for interference, because nothing happens twice. `fit` finds the constants by relative error, says how sure it is of each,
 # and predicts every row once by a fit that has not seen it. `Profile.of`, above, has called it already:
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="cc6736a5"
 # 提示的计算量有两部分：每个 token 一份，每一**对**“token 与它要看的 token”一份。4 个 token 有 1 + 2 + 3 + 4 = 10 对（`attended_pairs`）。
 # **既有**提示**又有**解码的一步，就是带着所有 token 过一遍模型。干扰不用另加，因为没有哪件事做了两遍。`fit` 按相对误差求常数，
 # 说出每个常数有多大把握，并且每一行都由一次没见过它的拟合预测过一遍。上面的 `Profile.of` 已经调用过它了：
@@ -401,8 +393,6 @@ for found in profile.fits:
     print(f"\n{found.quantity}: held-out error {found.held_out_median_error:.1%} in the median, {found.held_out_p95_error:.1%} at p95")
     for name, (low, high) in found.intervals.items():
         print(f"  {name:<24} between {low:.3g} and {'no bound' if high is None else f'{high:.3g}'}")
-
-# %%
 explorer = widgets.CostModelExplorer(profile)
 explorer.show(model="fitted", prompt=512, output=16, load=8)
 explorer
@@ -414,7 +404,7 @@ explorer
 #
 # Back to the three requests of 4.5, now by both:
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="7ba41f50"
 # 用按钮在两个模型之间切换，看圆圈怎么动。再看热图：边界不再是一条横线。橙色那一条是新的，它是这个请求让**其他序列**等的时间，合在一起。
 # 最下面一行是蓝色：旁边没有人，提示就打扰不到谁，传输的钱白花了。
 #
@@ -433,7 +423,7 @@ for (load, length, output), seconds in served.items():
 # a profile is as good as the hour in which it was made. `nanopd profile` measures a machine in one go and writes the rows and the
 # fit to a file; `profile_cluster` does the same to a running cluster. Give it some seconds:
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="f43d32da"
 # 比值为 1 才算完美。拟合模型也做不到，机器忙着别的事时更是如此：一份 Profile 有多准，要看测它的那一个小时。`nanopd profile` 一次测完一台机器，
 # 把测量数据和拟合结果写进文件；`profile_cluster` 对正在运行的集群做同样的事。给它几秒钟：
 
@@ -455,7 +445,7 @@ for found in at_once.fits:
 # would be the floor of a decode step, in ms? How many ns does a token of context take?** And a prompt: 24 µs a token, floor
 # 9 ms. **How many tokens long must it be before its length matters more than the floor?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="71565693"
 # ## 4.7 一块 GPU 的记录
 #
 # 来看真家伙：NVIDIA H200 上的 Qwen3-8B，数据由 `nanopd bench decode`、`prefill` 和 `transfer` 录得。先动笔。它有 81.9 亿个参数，
@@ -490,7 +480,7 @@ print("what a sequence adds, in seconds:", decode_fit.intervals["sequence_second
 # numbers. Look at the third plot: what is charged for a step with a prompt beside decodes, against what the step took. **Take
 # the gamma slider down until the circles lie on the diamonds. Which share of the fitted gamma is left?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="473145ae"
 # 笔算：15.1 GB / 4,470 GB/s = 3.4 毫秒，33 纳秒，375 个 token。显存的极限和拟合的结果在同一个量级，而且拟合值在极限之上，本该如此。
 # 最后一行最老实：**从零到无上界**。录下来的数据里，批大的时候上下文也长，谁也分不清哪些时间是序列花的、哪些是上下文花的。
 # 这一点什么统计方法都救不了，只能换一批测量：批大小相同、上下文不同，就像你上面做的那样；`nanopd profile` 也是这样做的。
@@ -502,8 +492,6 @@ print("what a sequence adds, in seconds:", decode_fit.intervals["sequence_second
 
 # %%
 guess = nanopd.predict("04.8", share_of_gamma_left=...)
-
-# %%
 broken = widgets.CostModelExplorer(profile)
 broken.show(prompt=512, output=16, load=16)
 broken
@@ -536,7 +524,7 @@ guess.reveal(min(errors, key=errors.get))
 # speaks for those who wait. Two faults that cancel, as long as nobody mends one of them. **Exercise 4.8.** Return both numbers
 # for a prompt that is read in one step: what it takes, and by how much each that decodes is held up. Charge nothing twice.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="570249f0"
 # 剩不下多少，通常可以忽略。怎么回事？测 gamma 的那一步里**就有提示本身**。减去一步解码之后，剩下的大部分正是读提示的时间。而这笔钱已经付过了：alpha 付的。
 # 混部的请求为预填充付了两遍，分离的只付一遍。
 #
@@ -572,11 +560,11 @@ nanopd.check("04.8", own_and_delay)
 # 05 builds the second path; in chapter 06 a router weighs both by this model, with the queues, and with an answer whose length
 # nobody knows yet.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="3f014f5e"
 # ## 现在到了哪里
 #
 # - 五个数做决定，而提示长度不在它们关心的事情里（4.1）。
-# - 地板、对数、上下文：五个数漏掉的东西有形状，看形状就知道漏的是哪一项（4.2 到 4.5）。
+# - 地板、token 对、上下文：五个数漏掉的东西有形状，看形状就知道漏的是哪一项（4.2 到 4.5）。
 # - 一步的时间，取地板与计算中较长的，锐度由测量来定，上下文另加（4.6）。
 # - 拟合会说出自己不知道什么。总是一起变的量，哪种拟合也分不开（4.7）。
 # - 是谁的时间？在一处测、在另一处收的代价，会收两遍（4.8）。
