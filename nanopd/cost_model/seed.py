@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanopd.cost_model.checks import Checked, CostModelError
+from nanopd.cost_model.measurements import Measurements
 
 PRESETS = Path(__file__).parent / "presets" / "seed"
 
@@ -90,3 +92,39 @@ def seed_preset(name: str) -> SeedModel:
     if name not in seed_preset_names():
         raise CostModelError(f"no parameters of the seed's model for {name!r}; there are {', '.join(seed_preset_names())}")
     return SeedModel(**json.loads((PRESETS / f"{name}.json").read_text(encoding="utf-8")))
+
+
+# ------------------------------------------------------------------------------------------------------ the fit
+
+MOST_SEQUENCES = 256  # that batch_thresh is looked for up to
+
+
+def fit_seed(measurements: Measurements, bytes_per_token: float) -> SeedModel:
+    """The five parameters by least squares, gamma as it was measured then: all that a step with a prompt takes longer than
+    one of its decodes alone. The bandwidth is the quickest transport's.
+
+    Raises:
+        CostModelError: a kind of row is missing; the message says which.
+    """
+    missing = [kind for kind in ("prefill", "decode", "mixed", "transfer") if not getattr(measurements, kind)]
+    if missing:
+        raise CostModelError(f"the seed's five parameters need rows of each kind; there are none of {', '.join(missing)}")
+    alpha, _ = _slope((row.new_tokens, row.seconds) for row in measurements.prefill)
+    by_thresh = {thresh: _slope((max(1, row.decodes / thresh), row.seconds) for row in measurements.decode)
+                 for thresh in range(1, MOST_SEQUENCES + 1)}
+    thresh = min(by_thresh, key=lambda thresh: by_thresh[thresh][1])
+    beta = by_thresh[thresh][0]
+    gamma, _ = _slope((row.new_tokens * min(row.decodes, thresh) / thresh, row.seconds - beta * max(1, row.decodes / thresh))
+                      for row in measurements.mixed)
+    links = {(row.source, row.destination, row.transport) for row in measurements.transfer}
+    byte_seconds = min(_slope((row.num_bytes, row.seconds) for row in measurements.transfer
+                              if (row.source, row.destination, row.transport) == link)[0] for link in links)
+    return SeedModel(alpha_ms_per_token=alpha * 1e3, beta_ms=beta * 1e3, batch_thresh=thresh,
+                     gamma_ms_per_token=gamma * 1e3, bandwidth_gb_s=1 / (byte_seconds * 1e9), bytes_per_token=bytes_per_token)
+
+
+def _slope(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """Of the line through 0 with the least squares, and their sum."""
+    points = list(points)
+    slope = sum(x * y for x, y in points) / sum(x * x for x, _ in points)
+    return slope, sum((y - slope * x) ** 2 for x, y in points)

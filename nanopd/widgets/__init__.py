@@ -9,6 +9,7 @@ _PANELS: dict[str, str] = {
     "BatchTimeline": "batch_timeline",
     "BlockMap": "block_map",
     "ClusterTimeline": "cluster_timeline",
+    "CostModelExplorer": "cost_model_explorer",
     "KernelExplorer": "kernel_explorer",
     "KernelTimes": "kernel_times",
     "Roofline": "roofline",

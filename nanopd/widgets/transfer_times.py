@@ -119,14 +119,15 @@ class TransferTimes(Panel):
             yaxis={**grid, "title": {"text": t("transfers.rate_axis"), "font_color": FAINT}})
 
 
-def measure_here() -> list[Point]:
-    """Each transport between two caches of the embedded model's shape on this machine's CPU; blocks in no order.
+def measure_here(*transports: str) -> list[Point]:
+    """Transports (default: each) between two caches of the embedded model's shape on this machine's CPU; blocks in no order.
 
     Both ends are in this process, so where the receiver has work to do, it takes turns with the sender.
     """
     from nanopd.workers.links import TRANSPORTS
 
-    return [point for transport in ("local", *TRANSPORTS) if transport != "auto" for point in _measure(transport)]
+    every = [transport for transport in ("local", *TRANSPORTS) if transport != "auto"]
+    return [point for transport in transports or every for point in _measure(transport)]
 
 
 def _measure(transport: str) -> Iterator[Point]:

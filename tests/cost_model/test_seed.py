@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanopd.cost_model.checks import CostModelError
-from nanopd.cost_model.seed import SeedModel, seed_preset, seed_preset_names
+from nanopd.cost_model.measurements import DecodeRow, Measurements, MixedRow, PrefillRow, TransferRow
+from nanopd.cost_model.seed import SeedModel, fit_seed, seed_preset, seed_preset_names
 
 positive = st.floats(1e-3, 1e3)
 models = st.builds(SeedModel, positive, positive, st.integers(1, 64), positive, positive, st.integers(1, 10**6))
@@ -74,3 +75,42 @@ def test_unknown_presets_and_bad_parameters_are_refused():
     for bad in (0, -1, math.nan, math.inf, "12", None, True):
         with pytest.raises(CostModelError, match="bandwidth_gb_s must be a number above 0"):
             replace(seed_preset("h20"), bandwidth_gb_s=bad)
+
+
+# ------------------------------------------------------------------------------------------------------ the fit
+
+
+def measured_on(model: SeedModel, prefill_in_mixed: float = 0.0) -> Measurements:
+    """Rows of a machine that is as the formula says. `prefill_in_mixed`: share of the prefill that a mixed step takes as well."""
+    def mixed(length: int, batch: int) -> MixedRow:
+        seconds = (model.interference_seconds(length, batch) + prefill_in_mixed * model.prefill_seconds(length)
+                   + model.decode_step_seconds(batch))
+        return MixedRow(seconds, length, 0, batch, 100.0)
+
+    size = model.bytes_per_token
+    return Measurements(
+        tuple(PrefillRow(model.prefill_seconds(length), length, 0) for length in (10, 500, 2000)),
+        tuple(DecodeRow(model.decode_step_seconds(batch), batch, 100.0) for batch in (1, 4, 16, 32, 64)),
+        tuple(mixed(length, batch) for length in (100, 1000) for batch in (4, 16, 32)),
+        tuple(TransferRow(slower * model.transfer_seconds(tokens), "cuda:0", "cuda:1", transport, tokens * size)
+              for transport, slower in (("relay", 3), ("peer", 1)) for tokens in (10, 1000)))
+
+
+@pytest.mark.parametrize("name", ["rtx-4090", "h20"])
+def test_the_fit_finds_the_parameters_that_made_the_rows(name):
+    model = seed_preset(name)
+    found = fit_seed(measured_on(model), model.bytes_per_token)
+    assert asdict(found) == pytest.approx(asdict(model))
+
+
+def test_a_prefill_within_the_mixed_steps_ends_up_in_gamma():
+    model = seed_preset("rtx-4090")
+    found = fit_seed(measured_on(model, prefill_in_mixed=1.0), model.bytes_per_token)
+    assert found.alpha_ms_per_token == pytest.approx(model.alpha_ms_per_token)
+    assert found.gamma_ms_per_token > model.gamma_ms_per_token + 0.9 * model.alpha_ms_per_token
+
+
+def test_no_gamma_without_a_mixed_step():
+    model = seed_preset("h20")
+    with pytest.raises(CostModelError, match="rows of each kind; there are none of prefill, mixed$"):
+        fit_seed(replace(measured_on(model), prefill=(), mixed=()), model.bytes_per_token)
