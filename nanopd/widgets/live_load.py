@@ -257,8 +257,7 @@ class LoadDriver:
         limits = self.cluster.limits
         prompt = self._prompt(load.mix)
         stops = tuple(range(max(1, round(limits.vocab_size / load.output_tokens))))
-        sampling = SamplingParams(temperature=UNIFORM, stop_token_ids=stops, ignore_eos=True,
-                                  max_tokens=LONGEST * load.output_tokens)
+        sampling = SamplingParams(temperature=UNIFORM, stop_token_ids=stops, max_tokens=LONGEST * load.output_tokens)
         try:
             stream = self.cluster.submit({"prompt_token_ids": prompt}, sampling, mode=load.mode)
         except Overloaded:
