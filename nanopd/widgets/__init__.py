@@ -13,6 +13,7 @@ _PANELS: dict[str, str] = {
     "KernelTimes": "kernel_times",
     "LiveServing": "live_serving",
     "Roofline": "roofline",
+    "RoutingMicroscope": "routing_microscope",
     "TransferTimes": "transfer_times",
 }  # class name -> module in this package
 

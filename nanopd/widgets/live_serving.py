@@ -7,7 +7,8 @@ kernel stays free. What is shown was measured here, as it is shown.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from html import escape
 from statistics import median, quantiles
 from typing import Any
@@ -19,6 +20,8 @@ from plotly.subplots import make_subplots
 
 from nanopd.cluster import Cluster
 from nanopd.config import MODES, ConfigError, Topology
+from nanopd.core import InvalidRequest
+from nanopd.router.explain import Explanation
 from nanopd.widgets.figure import Panel
 from nanopd.widgets.live_load import MIXES, Load, LoadDriver, Picture, Seen
 from nanopd.widgets.player import FAINT, FONT, INK, PAPER
@@ -105,14 +108,10 @@ class LiveServing(Panel):
         self.driver.shutdown()
         self._built = None
 
-    def explain(self, request_id: str) -> Any:
-        """As `Cluster.explain`, also while it serves."""
-        return self.driver.call(lambda cluster: cluster.explain(request_id))
-
-    @property
-    def request_ids(self) -> list[str]:
-        """Of the requests that have ended, the latest last."""
-        return [seen.request_id for seen in self.driver.picture().requests if seen.finish is not None]
+    def explanations(self) -> list[Explanation]:
+        """Of the requests that have ended, of those that the router was asked about; for the routing microscope."""
+        asked = [seen.request_id for seen in self.driver.picture().requests if seen.finish is not None and seen.error is None]
+        return self.driver.call(lambda cluster: [*_explained(cluster, asked)])
 
     def _change(self, field: str, value: Any) -> None:
         self.driver.change(**{field: value})
@@ -194,6 +193,12 @@ class LiveServing(Panel):
         traces["queue"].update(x=[sample.time for sample in samples], y=[sample.queue for sample in samples])
         traces["rate"].update(x=[sample.time for sample in samples], y=[sample.rate for sample in samples])
         self.figure.update_xaxes(range=[begin, begin + SHOWN])
+
+
+def _explained(cluster: Cluster, request_ids: list[str]) -> Iterator[Explanation]:
+    for request_id in request_ids:
+        with suppress(InvalidRequest):  # it named its way itself
+            yield cluster.explain(request_id)
 
 
 def modes_of(topology: str) -> list[str]:

@@ -313,6 +313,43 @@ STRINGS: dict[str, tuple[str, str]] = {
         "<b>{request}</b> · {tokens} tokens<br>{way}: {path}",
         "<b>{request}</b> · {tokens} 个 token<br>{way}：{path}",
     ),
+    # routing microscope
+    "microscope.request": ("request", "请求"),
+    "microscope.title": ("{request}: {tokens} tokens, {path}", "{request}：{tokens} 个 token，{path}"),
+    "microscope.measured": ("measured", "实测"),
+    "microscope.waited": ("in line", "在中央排队"),
+    "microscope.queue": ("queue at the worker", "在 Worker 排队"),
+    "microscope.prefill": ("prefill", "预填充"),
+    "microscope.transfer": ("transfer, exposed", "传输（露在外面的）"),
+    "microscope.handover": ("handover", "交接"),
+    "microscope.decode": ("decode", "解码"),
+    "microscope.interference": ("interference", "干扰"),
+    "microscope.others": ("cost to others", "给别人添的时间"),
+    "microscope.requests_title": ("requests: end to end (ms); click one", "请求：端到端（毫秒），点一个看看"),
+    "microscope.terms_title": ("the best route of each way as forecast, and what was measured",
+                               "两条路各自最好的路线（预测），以及实测"),
+    "microscope.arrival_axis": ("seconds since the first arrival", "距第一个请求到达的秒数"),
+    "microscope.terms_axis": ("ms", "毫秒"),
+    "microscope.empty": (
+        "Nothing to look at: no request that the router was asked about has ended.",
+        "没有可看的：问过路由器的请求，一个都还没有结束。",
+    ),
+    "microscope.took": (
+        "Request <b>{request}</b>, {tokens} tokens, went <b>{path}</b> and took {e2e} ms.",
+        "请求 <b>{request}</b>，{tokens} 个 token，走的是 <b>{path}</b>，实际用时 {e2e} 毫秒。",
+    ),
+    "microscope.expected": (
+        "<br>Forecast beforehand: {e2e} ms; for an answer of its real length: {hindsight} ms.",
+        "<br>事先的预测：{e2e} 毫秒；换成它实际的回答长度：{hindsight} 毫秒。",
+    ),
+    "microscope.no_scores": (" The router that chose it gives no scores.", "选路的路由器没有给出打分。"),
+    "microscope.no_other": (" The other way was not open.", "当时另一条路走不了。"),
+    "microscope.regret": (
+        "<br>The other way ({other}), as forecast for that length: {hindsight} ms. Estimated regret: <b>{regret} ms</b> "
+        "(measured less forecast; the road not taken was not measured).",
+        "<br>另一条路（{other}）按同样长度的预测：{hindsight} 毫秒。遗憾值的估计：<b>{regret} 毫秒</b>"
+        "（实测减预测；没走的那条路没有实测）。",
+    ),
     # transfer times
     "transfers.measured": (
         "measured on this machine's CPU, both ends in one process: {transports}",
