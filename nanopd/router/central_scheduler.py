@@ -31,6 +31,7 @@ from nanopd.messages import (
     Corrupted,
     FromWorker,
     Granted,
+    LinkTimed,
     Lost,
     Prefill,
     Prefilled,
@@ -38,6 +39,7 @@ from nanopd.messages import (
     Reserve,
     Resume,
     Serve,
+    TimeLink,
     Tokens,
     TransferFailed,
     WriteEnded,
@@ -84,6 +86,8 @@ class CentralScheduler:
         self.desk = None if router is None else Desk(router, self.fleet, self.books, limits, clock, devices or {})
         self._entries: dict[str, Entry] = {}  # by request id
         self._jobs: dict[str, Entry] = {}  # by the job of the current attempt
+        self.link_times: dict[str, LinkTimed | str] = {}  # by job; a text says why there are none
+        self._links: dict[str, str] = {}  # by job: the worker that is to time its link to another
         self._lines: dict[str, list[Entry]] = {mode: [] for mode in MODES}  # queued or reserving, by ticket
         self._deadlines: list[tuple[float, str]] = []  # a heap; of requests that may have ended
         self._tickets = count()
@@ -92,7 +96,7 @@ class CentralScheduler:
         self._handlers: dict[type, Callable] = {
             Tokens: self._on_tokens, Granted: self._on_granted, Refused: self._on_refused, Prefilled: self._on_prefilled,
             WriteEnded: self._on_write_ended, TransferFailed: self._on_transfer_failed, Corrupted: self._on_corrupted,
-            Lost: self._on_lost,
+            LinkTimed: self._on_link_timed, Lost: self._on_lost,
         }
 
     # ----------------------------------------------------------------------------------- what clients ask for
@@ -174,6 +178,17 @@ class CentralScheduler:
         modes = {self.mode, *(entry.mode for entry in self._entries.values())}
         self.fleet.set_role(worker_id, role, self.fleet.needed(modes))
 
+    @property
+    def router(self) -> Router | None:
+        """Who is asked where requests in mode "adaptive" go. Another one may be set at any time, where there is one."""
+        return self.desk and self.desk.router
+
+    @router.setter
+    def router(self, router: Router) -> None:
+        if self.desk is None:
+            raise ConfigError("this cluster was made without a router: make it with mode='adaptive'")
+        self.desk.router = router
+
     def explain(self, request_id: str) -> Explanation:
         """Why the router sent a request where it did, and what that cost.
 
@@ -182,6 +197,20 @@ class CentralScheduler:
         if request_id not in self.timelines:
             raise KeyError(f"no request {request_id!r}; timelines are kept of the last {TIMELINES_KEPT} requests")
         return explain(self.timelines[request_id])
+
+    def time_link(self, source_id: str, destination_id: str, prompt_token_ids: list[int]) -> str:
+        """Have a worker send as many blocks to another as a prompt takes, and say how long that takes: `link_times` has it
+        later, by the job returned. They are sent to blocks leased as for any prompt.
+
+        Raises ConfigError if there is no such worker.
+        """
+        for worker_id in (source_id, destination_id):
+            self.fleet.check_worker(worker_id)
+        job = f"link {next(self._tickets)}"
+        self._links[job] = source_id
+        self.fleet.seat(destination_id, job, 1)
+        self.fleet.send(destination_id, Reserve(Request(job, prompt_token_ids)))
+        return job
 
     # ------------------------------------------------------------------------------------------ in line
 
@@ -304,6 +333,7 @@ class CentralScheduler:
 
     def _on_refused(self, worker_id: str, message: Refused) -> None:
         self.fleet.let_go(worker_id, message.request_id)
+        self._end_link(message.request_id, f"{worker_id} has no room for so many blocks now")
         entry = self._jobs.get(message.request_id)
         if entry is not None:
             self.fleet.workers[worker_id].refused_at = entry.news_when_asked
@@ -312,6 +342,9 @@ class CentralScheduler:
             entry.timeline.num_refusals += 1
 
     def _on_granted(self, worker_id: str, message: Granted) -> None:
+        if message.request_id in self._links:
+            self._on_link_granted(worker_id, message)
+            return
         entry = self._jobs.get(message.request_id)
         prefiller = self.fleet.choose("P", wanted=entry and entry.route and entry.route.prefill)
         if entry is None or prefiller is None:  # ended meanwhile, or about to: nobody will write, nobody will read
@@ -347,11 +380,35 @@ class CentralScheduler:
         self.fleet.wrote(worker_id, message.request_id)
         self.fleet.release(message.destination, "writer")
 
+    # --------------------------------------------------------------------------------------- timing a link
+
+    def _on_link_granted(self, worker_id: str, message: Granted) -> None:
+        """Blocks that nobody will read."""
+        job, destination = message.request_id, message.destination
+        self.fleet.let_go(worker_id, job)
+        self.fleet.release(destination, "request")
+        if self._links[job] not in self.fleet.workers:
+            self.fleet.release(destination, "writer")
+            self._end_link(job, f"{self._links[job]} is gone")
+            return
+        self.fleet.write(self._links[job], job, destination)
+        self.fleet.send(self._links[job], TimeLink(job, destination))
+
+    def _on_link_timed(self, worker_id: str, message: LinkTimed) -> None:
+        self.fleet.wrote(worker_id, message.request_id)
+        self.fleet.release(message.destination, "writer")
+        self._end_link(message.request_id, message)
+
+    def _end_link(self, job: str, result: LinkTimed | str) -> None:
+        if self._links.pop(job, None) is not None:
+            self.link_times[job] = result
+
     # -------------------------------------------------------------------------------------- what goes wrong
 
     def _on_transfer_failed(self, worker_id: str, message: TransferFailed) -> None:
         self.fleet.wrote(worker_id, message.request_id)
         self.fleet.release(message.destination, "writer")
+        self._end_link(message.request_id, message.error)
         self._retry(message.request_id, f"the transfer from {worker_id} to {message.destination.worker_id} failed "
                                         f"({message.error})")
 
@@ -363,6 +420,7 @@ class CentralScheduler:
         if self.desk is not None:
             self.desk.lose(worker_id)
         for job in jobs:
+            self._end_link(job, what)
             self._retry(job, what)
 
     def _retry(self, job: str, what: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nanopd.core import InvalidRequest
+from nanopd.messages import History
 from nanopd.router.routing import Decision, Question, Score
 from nanopd.router.timeline import Timeline
 
@@ -69,6 +70,12 @@ def explain(timeline: Timeline, prefill_began: float | None = None) -> Explanati
         raise InvalidRequest("no router was asked about this request: either it was sent through a pipeline that it named "
                              "itself, or it is still in line")
     return Explanation(timeline.question, timeline.decision, _measured(timeline, timeline.question, prefill_began))
+
+
+def began(timeline: Timeline, histories: Mapping[str, History]) -> float | None:
+    """When the first step of a request's last attempt did, from what its workers remember."""
+    return min((record.start for worker_id in timeline.path if worker_id in histories for record in histories[worker_id].steps
+                if any(row.request_id == timeline.jobs[-1] for row in record.rows)), default=None)
 
 
 def _measured(timeline: Timeline, question: Question, prefill_began: float | None) -> Measured:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -66,6 +67,7 @@ class Fleet:
         self.prefix_blocks = prefix_blocks
         self._changing: dict[str, WorkerState] = {}  # those that have a next role
         self.losses: dict[str, list[str]] = {}  # role -> what became of the workers of that role that are gone
+        self._own_roles: dict[str, str] = {}  # while they are cast in others
         # A collocated worker has a few in line, to seat them at once; the rest waits where no worker's loss can touch it.
         self._room = {"C": max_num_seqs + max_num_seqs // 4 + 1, "P": math.inf, "D": max_num_seqs}
 
@@ -105,13 +107,29 @@ class Fleet:
     def has_room(self, worker: WorkerState, num_answers: int) -> bool:
         """Whether a worker may be given a request, in the role that it has."""
         return (worker.next_role is None and worker.refused_at != worker.news
-                and worker.load + num_answers <= self._room[worker.role])
+                and worker.load + num_answers <= self._room.get(worker.role, 0))
 
     def seat(self, worker_id: str, job: str, num_answers: int) -> None:
         """The worker is to write so many answers of a job."""
         worker = self.workers[worker_id]
         worker.answers[job] = num_answers
         worker.book.seat(job, num_answers)
+
+    @contextmanager
+    def cast(self, roles: Mapping[str, str]) -> Iterator[None]:
+        """For the time being these workers alone get new work, each in the role given. They are not told: the role they have
+        is theirs again afterwards. Raises ConfigError if there is no such worker."""
+        for worker_id in roles:
+            self.check_worker(worker_id)
+        self._own_roles = {worker_id: worker.role for worker_id, worker in self.workers.items()}
+        for worker_id, worker in self.workers.items():
+            worker.role = roles.get(worker_id, "")
+        try:
+            yield
+        finally:
+            for worker_id, worker in self.workers.items():
+                worker.role = self._own_roles[worker_id]
+            self._own_roles = {}
 
     def let_go(self, worker_id: str, job: str) -> None:
         """The worker has a job's answers in hand no more."""
@@ -132,7 +150,7 @@ class Fleet:
         worker = self.workers.pop(worker_id)
         self._changing.pop(worker_id, None)
         what = f"{worker_id} was lost ({reason})"
-        self.losses.setdefault(worker.role, []).append(what)
+        self.losses.setdefault(self._own_roles.get(worker_id, worker.role), []).append(what)
         for destination in worker.writes.values():  # it can't say itself that it writes no more
             self.release(destination, "writer")
         return what, [*worker.writes, *worker.answers]
@@ -168,8 +186,7 @@ class Fleet:
 
     def set_role(self, worker_id: str, role: str, needed: Collection[str]) -> None:
         """See `CentralScheduler.set_role`. `needed`: roles that must not lose their last worker."""
-        if worker_id not in self.workers:
-            raise ConfigError(f"no worker {worker_id!r}; workers are {', '.join(self.workers)}")
+        self.check_worker(worker_id)
         if role not in ROLES:
             raise ConfigError(f"unknown role {role!r}; roles are "
                               + ", ".join(f"{letter} ({name})" for letter, name in ROLES.items()))
@@ -184,6 +201,11 @@ class Fleet:
             return
         self._changing[worker_id] = worker
         self.change_roles()
+
+    def check_worker(self, worker_id: str) -> None:
+        """Raises ConfigError where there is none of that id."""
+        if worker_id not in self.workers:
+            raise ConfigError(f"no worker {worker_id!r}; workers are {', '.join(self.workers)}")
 
     def change_roles(self) -> None:
         """Those that are to change, and have nothing in hand any more, do."""

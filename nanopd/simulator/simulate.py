@@ -97,10 +97,11 @@ class Simulation:
 
     Args:
         workers: how many of each role: {"C": 8}, {"P": 3, "D": 5}.
-        mode: as for a cluster.
-        shape: the model's number of layers, and the bytes that travel.
+        mode: as for a cluster; "adaptive" needs a router.
+        shape: the model's layers, and the bytes that travel.
         costs: how long steps and transfers take.
         cache, scheduler: of every worker.
+        router: chooses for each request. It sees what it would see of a cluster, and no answer's length before its end.
         latency: seconds that a message takes between the central scheduler and a worker.
         runs_ahead: the devices work on their own, as GPUs do, so that each step is planned while the one before it runs.
         history: keep what the workers have done lately, to look at. It takes much longer and changes nothing else: without it,
@@ -124,7 +125,8 @@ class Simulation:
         self.devices = {worker_id: f"cuda:{number}" for number, worker_id in enumerate(worker_ids)}
         self.stations = {worker_id: self._station(worker_id, runs_ahead, history) for worker_id in worker_ids}
         self.executor = VirtualExecutor(self.stations, self.clock, latency)
-        self.central = CentralScheduler(self.executor, mode, self.limits, max_queued=sys.maxsize, clock=self.clock)
+        self.central = CentralScheduler(self.executor, mode, self.limits, max_queued=sys.maxsize, clock=self.clock,
+                                        router=router, devices=self.devices, prefix_caching=cache.enable_prefix_caching)
         self._open: dict[str, Served] = {}
 
     def run(self, workload: Iterable[Arrival]) -> Result:
