@@ -157,8 +157,12 @@ class Fleet:
 
     def lack(self, mode: str) -> str | None:
         """What to say where no pipeline of a mode is complete any more: each lacks a role."""
-        lacks = [self._lack(pipeline) for pipeline in MODES[mode]]
-        return None if None in lacks else "; ".join(lacks)
+        lacking = [self._lacking(pipeline) for pipeline in MODES[mode]]
+        if None in lacking:
+            return None
+        lost = [role for role in lacking if role in self.losses]
+        return "; ".join(f"no {ROLES[role]} worker is left" + "".join(f": {'; '.join(self.losses[role])}" * (role in lost))
+                         for role in lost or lacking)
 
     def needed(self, modes: Collection[str]) -> set[str]:
         """The roles without which requests in these modes could not go on. A mode with two complete pipelines can do without
@@ -167,17 +171,14 @@ class Fleet:
         for mode in modes:
             pipelines = MODES[mode]
             if len(pipelines) > 1:
-                pipelines = [pipeline for pipeline in pipelines if self._lack(pipeline) is None]
+                pipelines = [pipeline for pipeline in pipelines if self._lacking(pipeline) is None]
             if len(pipelines) == 1:
                 roles.update(pipelines[0])
         return roles
 
-    def _lack(self, pipeline: Collection[str]) -> str | None:
-        for role in pipeline:
-            if not any(worker.takes(role) for worker in self.workers.values()):
-                losses = "; ".join(self.losses.get(role, []))
-                return f"no {ROLES[role]} worker is left" + (f": {losses}" if losses else "")
-        return None
+    def _lacking(self, pipeline: Collection[str]) -> str | None:
+        """A role of which nobody takes new work."""
+        return next((role for role in pipeline if not any(worker.takes(role) for worker in self.workers.values())), None)
 
     @property
     def roles(self) -> set[str]:

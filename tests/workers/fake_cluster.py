@@ -14,7 +14,10 @@ from scheduler.fakes import Ledger, assert_engine_is_empty, assert_plans_were_so
 from nanopd.config import Topology
 from nanopd.engine.limits import Limits
 from nanopd.messages import Lost
+from nanopd.router.book import FIELDS, Page
 from nanopd.router.central_scheduler import CentralScheduler
+from nanopd.router.entry import Stage
+from nanopd.router.routing import Decision, Route
 from nanopd.workers.executors import InlineExecutor
 from nanopd.workers.transfer import TransferError
 from nanopd.workers.worker import Worker
@@ -153,7 +156,7 @@ class FakeCluster:
     """
 
     def __init__(self, topology="P:cpu D:cpu", mode="disaggregated", *, is_late=None, by_role=None, luck=lambda: None,
-                 max_queued=16_384, **options):
+                 max_queued=16_384, router=None, **options):
         self.sent = []
         self.workers = {}  # also those that are lost
         self.links = {}  # (source id, destination id) -> FakeTransport
@@ -167,7 +170,7 @@ class FakeCluster:
         self.executor = InlineExecutor(workers) if is_late is None else DawdlingExecutor(workers, is_late)
         limits = Limits.tightest(worker.engine.limits for worker in workers)
         self.clock = FakeClock()
-        self.central = CentralScheduler(self.executor, mode, limits, max_queued=max_queued, clock=self.clock)
+        self.central = CentralScheduler(self.executor, mode, limits, max_queued=max_queued, clock=self.clock, router=router)
         self.ledger = Ledger(limits.max_len, NUM_LAYERS)
 
     def _connect(self, source_id, engine):
@@ -194,6 +197,8 @@ class FakeCluster:
     def step(self, times=1, check=True):
         for _ in range(times):
             self.ledger.take(self.central.step())
+            if check:
+                assert_books_balance(self.central)
             if isinstance(self.executor, DawdlingExecutor):
                 self.executor.announced = self.workers.keys() - self.executor.roles.keys()
             for worker in self.living.values() if check else ():
@@ -229,6 +234,58 @@ def assert_nothing_in_hand(central):
     assert not central.has_work and not central._jobs and not any(central._lines.values())
     for worker_id, worker in central.fleet.workers.items():
         assert (worker.answers, worker.writes, worker.load) == ({}, {}, 0), worker_id
+        assert (worker.book.pages, worker.book.total) == ({}, Page()), worker_id
+
+
+def assert_books_balance(central):
+    """What the books say is what the open requests amount to, and the sums are those of the pages."""
+    entries = {entry.job: entry for entry in central._entries.values()}
+    for worker_id, worker in central.fleet.workers.items():
+        book, pages = worker.book, worker.book.pages
+        for name in FIELDS:
+            assert getattr(book.total, name) == sum(getattr(page, name) for page in pages.values()), (worker_id, name)
+        assert pages.keys() == worker.answers.keys() | worker.writes.keys(), worker_id
+        for job, page in pages.items():
+            assert page.seats == worker.answers.get(job, 0)
+            if job in entries:
+                assert_page_is_right(page, entries[job], worker_id)
+
+
+def assert_page_is_right(page, entry, worker_id):
+    prompt_len, answers = len(entry.request.prompt_token_ids), entry.answers.values()
+    written = sum(len(answer.token_ids) for answer in answers)
+    if worker_id == entry.server:
+        assert page.seats == len(answers) and page.sending == 0
+        assert entry.stage is Stage.DECODE or (page.held, page.queued, page.decodes) == (prompt_len, 0, 0)
+        if page.decodes:
+            assert (page.decodes, page.contexts) == (len(answers), prompt_len * len(answers) + written) and page.queued == 0
+            assert page.held == prompt_len + written
+        elif entry.stage is Stage.DECODE:
+            assert 0 < page.queued <= prompt_len + written == page.held and page.contexts == 0
+    else:
+        assert worker_id == entry.prefiller and page.held == prompt_len and (page.decodes, page.contexts) == (0, 0)
+        assert (page.queued == 0) == (page.pairs == 0) and page.queued <= prompt_len
+        assert page.queued == 0 or page.sending == 0
+
+
+class ErraticRouter:
+    """Goes wherever there is room, hesitates, and now and then is wrong or breaks."""
+
+    def __init__(self, luck, wrong=0.0):
+        self.luck, self.wrong = luck, wrong
+        self.happened = Counter()
+
+    def choose(self, question, workers):
+        what = self.luck.choices(["right", "hesitates", "wrong", "breaks"], [0.8 - self.wrong, 0.2, self.wrong / 2, self.wrong / 2])[0]
+        self.happened[what] += 1
+        if what == "breaks":
+            raise IndexError("out of luck")
+        if what == "wrong":
+            return self.luck.choice([Decision(Route("X0", "D0")), Decision(Route("D0", "P0")), Decision("C0"), Route("P0", "D0"), 7])
+        open_ones = {role: [worker.worker_id for worker in workers if worker.role == role and worker.is_open] for role in "CPD"}
+        routes = [Route.collocated(c) for c in open_ones["C"]] + [Route(p, d) for p in open_ones["P"] for d in open_ones["D"]]
+        assert routes, "a router is asked where there is something to choose from"
+        return Decision(self.luck.choice(routes)) if what == "right" else None
 
 
 def assert_cluster_is_empty(central, workers):

@@ -21,17 +21,23 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from scheduler.fakes import VOCAB, Breakdown
-from workers.fake_cluster import REASON, FakeCluster
+from cost_model.models import MODEL
+from workers.fake_cluster import REASON, ErraticRouter, FakeCluster
 
 from nanopd.config import ConfigError
 from nanopd.core import BeamSearchParams, InvalidRequest, Request, SamplingParams
+from nanopd.router.cost_router import CostRouter
+from nanopd.router.explain import explain
+from nanopd.router.length_predictor import BayesianLengthPredictor
 
 moves = Counter()  # how often each thing happened: the tests below ask that enough of it did
 picks = st.integers(0, 10**6)
 MODES = {"P:cpu D:cpu": "disaggregated", "P:cpu P:cpu D:cpu D:cpu": "disaggregated", "D:cpu P:cpu": "disaggregated",
          "C:cpu C:cpu": "collocated", "C:cpu P:cpu D:cpu C:cpu D:cpu P:cpu": "disaggregated",
-         "C:cpu C:cpu P:cpu D:cpu": "collocated"}
+         "C:cpu C:cpu P:cpu D:cpu": "collocated", "D:cpu C:cpu P:cpu": "adaptive",
+         "C:cpu P:cpu D:cpu D:cpu P:cpu C:cpu": "adaptive"}
 ERRORS = re.compile(
+    r"the router ErraticRouter (failed: IndexError: out of luck|answered (Route|7)|sent it to .*(X0|role|open))|"
     rf"Breakdown: the runner broke|spoiled$|timed out after \d+ s|"
     rf"no (prefill|decode|collocated) worker is left: .\d was lost \({REASON}\)|"
     rf"gave up after 4 attempts: ((.\d was lost \({REASON}\)|the transfer from .\d to .\d failed \((the link broke|it is gone)\)|"
@@ -50,6 +56,10 @@ def requests(draw):
     return prompt, SamplingParams(n=n, temperature=1, max_tokens=max_tokens, stop_token_ids=stops, ignore_eos=draw(st.booleans())), None
 
 
+def make_router(name, luck):
+    return CostRouter(MODEL, BayesianLengthPredictor()) if name == "cost" else ErraticRouter(luck, 0.1 * (name == "wrong"))
+
+
 class PipelineMachine(RuleBasedStateMachine):
     @initialize(
         topology=st.sampled_from(sorted(MODES)),
@@ -61,21 +71,22 @@ class PipelineMachine(RuleBasedStateMachine):
         watermark=st.sampled_from([0.0, 0.1]),
         seats=st.tuples(st.integers(3, 5), st.integers(3, 5)),
         chunk=st.sampled_from([None, 2, 5]),
+        router=st.sampled_from(["cost", "erratic", "wrong"]),  # of an adaptive cluster
         transfers=st.sampled_from([(0, 0, 0), (0.5, 0.1, 0.1), (0.1, 0.4, 0.4)]),  # how often late, broken, corrupted
     )
-    def set_up(self, topology, late, seed, tokens, block_size, caching, watermark, seats, chunk, transfers):
+    def set_up(self, topology, late, seed, tokens, block_size, caching, watermark, seats, chunk, router, transfers):
         luck = self.luck = random.Random(seed)
         faults, odds = ["late", "broken", "corrupted", None], [*transfers, 1 - sum(transfers)]
         blocks = [-(-number // block_size) for number in tokens]
         self.cluster = FakeCluster(
             topology, MODES[topology], is_late=None if late is None else lambda: luck.random() < late,
-            luck=lambda: luck.choices(faults, odds)[0],
+            luck=lambda: luck.choices(faults, odds)[0], router=make_router(router, luck) if MODES[topology] == "adaptive" else None,
             by_role={"D": dict(num_blocks=blocks[1], max_num_seqs=seats[1])}, num_blocks=blocks[0], max_num_seqs=seats[0],
             block_size=block_size, caching=caching, watermark=watermark, budget=8, chunk=chunk, max_model_len=20)
         self.ledger = self.cluster.ledger
 
     @rule(request=requests(), times=st.sampled_from([1, 1, 3]), timeout=st.sampled_from([None, None, 5]),
-          mode=st.sampled_from([None, "collocated", "disaggregated"]))
+          mode=st.sampled_from([None, None, "collocated", "disaggregated", "adaptive"]))
     def submit(self, request, times, timeout, mode):
         prompt, sampling, beam = request
         now = self.cluster.clock()
@@ -89,6 +100,7 @@ class PipelineMachine(RuleBasedStateMachine):
                 return
             moves["beams" if beam else f"n={sampling.n}"] += 1
             moves["in the other mode"] += mode not in (None, self.cluster.central.mode)
+            moves["routed"] += (mode or self.cluster.central.mode) == "adaptive"
 
     @rule(times=st.sampled_from([1, 1, 2, 5]))
     def step(self, times):
@@ -189,6 +201,7 @@ class PipelineMachine(RuleBasedStateMachine):
         moves["retried and ended well"] += sum(len(timelines[request_id].jobs) > 1 for request_id in ended_well)
         timelines = timelines.values()
         moves["refused for now"] += sum(timeline.num_refusals for timeline in timelines)
+        moves["explained"] += sum(bool(str(explain(timeline))) for timeline in timelines if timeline.decision)
         moves["through P and D"] += sum(len(timeline.path) == 2 for timeline in timelines)
 
 
@@ -240,10 +253,10 @@ class LosingMachine(PipelineMachine):
 
 EVERY_MOVE = {"n=1", "n=2", "n=3", "beams", "cancel while queued", "cancel while prefill", "cancel while decode", "cancel one",
               "raise", "interrupt", "row error", "refused for now", "through P and D", "preempted on D", "in the other mode",
-              "retried and ended well", "gave up ", "transfer late", "transfer broken", "transfer corrupted"}
+              "retried and ended well", "gave up ", "routed", "explained", "the rout", "transfer late", "transfer broken", "transfer corrupted"}
 EVERY_LOSS = {"lost C", "lost P", "lost D", "retried and ended well",
               "timed ou", "role switch", "role switch refused", "has another role",
-              "through P and D", "cancel while decode"}
+              "through P and D", "cancel while decode", "routed", "explained"}
 
 
 def run_machine(machine, examples, **options):
