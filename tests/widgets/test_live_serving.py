@@ -27,7 +27,7 @@ def english():
 @pytest.fixture
 def panel():
     panel = LiveServing(topologies=TOPOLOGIES, load=Load(rate=10, mix="short", output_tokens=4, mode="collocated"),
-                        dtype="float32", num_gpu_blocks_override=512)
+                        router="round-robin", dtype="float32", num_gpu_blocks_override=512)
     yield panel
     panel.shutdown()
 
@@ -71,7 +71,7 @@ def test_it_serves_and_stops(panel):
     assert not panel.start_button.disabled and panel.stop_button.disabled
     assert not panel.driver.running and "stopped" in panel.message.value
     assert "TTFT" in panel.snapshot().layout.title.text and len(panel.snapshot().data[0].x) == drawn(panel)
-    assert panel.request_ids
+    assert panel.explanations() == [], "no router was asked"
 
 
 def test_sliders_work_while_it_runs(panel):
@@ -95,7 +95,7 @@ def test_another_topology_or_chunk_waits_for_the_next_start_and_says_so(panel):
     panel.stop()
     assert panel.mode.value == "collocated"
     panel.start()
-    assert [mode for _, mode in panel.mode.options] == ["disaggregated"] == [panel.mode.value]
+    assert [mode for _, mode in panel.mode.options] == ["disaggregated", "adaptive"] and panel.mode.value == "adaptive"
     until(lambda: drawn(panel, "disaggregated"), "the new cluster does not serve")
     assert str(panel.driver.cluster.topology) == "P:cpu D:cpu" and "next Start" not in panel.message.value
     steps = panel.driver.call(lambda cluster: cluster.history())["P0"].steps
@@ -112,6 +112,15 @@ def test_shutdown_ends_both_threads_and_gives_the_memory_back(panel):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("nanopd-")]
 
 
+def test_decisions_of_the_router_can_be_looked_at_while_it_serves(panel):
+    panel.mode.value = "adaptive"
+    panel.start()
+    until(lambda: drawn(panel) and drawn(panel, "disaggregated"), "round-robin takes both ways")
+    until(lambda: len(panel.explanations()) >= 2, "nothing has ended")
+    one = panel.explanations()[0]
+    assert panel.driver.running and one.measured.e2e > 0 and one.measured.path in ("C0", "P0 -> D0")
+
+
 def test_a_failed_start_is_shown_and_the_buttons_live(panel):
     panel.driver.make_cluster = lambda: 1 / 0
     panel.start()
@@ -120,5 +129,5 @@ def test_a_failed_start_is_shown_and_the_buttons_live(panel):
 
 
 def test_modes_are_those_that_the_topology_has_workers_for():
-    assert modes_of("C:cpu")[0] == "collocated" and "disaggregated" not in modes_of("C:cpu")
-    assert {"collocated", "disaggregated"} <= set(modes_of("C:0 P:1 D:2"))
+    assert modes_of("C:cpu") == ["collocated", "adaptive"]
+    assert modes_of("C:0 P:1 D:2") == ["collocated", "disaggregated", "adaptive"]
