@@ -12,7 +12,9 @@ _PANELS: dict[str, str] = {
     "CostModelExplorer": "cost_model_explorer",
     "KernelExplorer": "kernel_explorer",
     "KernelTimes": "kernel_times",
+    "LiveServing": "live_serving",
     "Roofline": "roofline",
+    "RoutingMicroscope": "routing_microscope",
     "TransferTimes": "transfer_times",
 }  # class name -> module in this package
 
