@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,18 @@ from typing import Any
 import torch
 
 from nanopd.client import Client, Prompt, Stream
-from nanopd.config import ConfigError, Topology
+from nanopd.config import SLO, ConfigError, Topology
 from nanopd.core import Request, SamplingParams, TokenEvent
-from nanopd.engine.factory import EngineOptions, give_back_memory, resolve_device
+from nanopd.cost_model.analytical import CostModel
+from nanopd.cost_model.profile import Profile
+from nanopd.engine.factory import EngineOptions, device_name, give_back_memory, resolve_device
 from nanopd.engine.limits import Limits
-from nanopd.messages import History, Status
-from nanopd.models.loader import load_tokenizer
+from nanopd.messages import History, LinkTimed, Status
+from nanopd.models.loader import load_spec, load_tokenizer, resolve_dtype
 from nanopd.router.central_scheduler import TIMELINES_KEPT, CentralScheduler
+from nanopd.router.explain import Explanation, began, explain
+from nanopd.router.policies import ROUTERS, AlwaysCollocated, make_router
+from nanopd.router.routing import Router
 from nanopd.router.timeline import Timeline
 from nanopd.router.trace import save_trace
 from nanopd.workers.executors import InlineExecutor
@@ -38,22 +44,28 @@ class Cluster(Client):
     Args:
         model: as for `LLM`.
         topology: workers as ROLE:DEVICE, roles C (collocated), P (prefill), D (decode); "P:cpu D:cpu", "C:0 P:1 D:2".
-        mode: "collocated" or "disaggregated".
+        mode: "collocated", "disaggregated", or "adaptive": a router chooses for each request.
         executor: "inline": all workers in this process, in turn, which takes a single device; "process": a process for
             each GPU, or on the CPU for each worker. Default: inline where there is a single device.
         transport: how KV caches travel between processes: "auto" takes the best that a pair of devices can do.
         checksums: send the checksum of each prompt's KV along, and compare.
         hang_timeout: seconds without a sign of life after which a process is given up and killed.
         max_queued: how many requests may be open at once; one more raises Overloaded.
+        router: of an adaptive cluster: a name, see `nanopd.router.policies`, or an object, see `nanopd.router.routing`.
+        slo: of an adaptive cluster: what the router "cost" is to keep. Default: it keeps times short.
+        profile: of an adaptive cluster: what steps and transfers take, as a file, a Profile or a CostModel. Default: it is
+            measured now, if the router needs it.
         options: see `EngineOptions`: max_model_len, max_num_seqs, max_num_batched_tokens, block_size, ...
     """
 
     def __init__(self, model: str = "tiny", topology: str = "P:cpu D:cpu", mode: str = "disaggregated", *,
                  executor: str | None = None, transport: str = "auto", checksums: bool = False, hang_timeout: float = 60.0,
-                 max_queued: int = 16_384, dtype: str | torch.dtype | None = None, load_format: str = "auto", seed: int = 0,
-                 **options: Any) -> None:
+                 max_queued: int = 16_384, router: str | Router | None = None, slo: SLO | None = None,
+                 profile: str | Path | Profile | CostModel | None = None, dtype: str | torch.dtype | None = None,
+                 load_format: str = "auto", seed: int = 0, **options: Any) -> None:
         self.topology = Topology.parse(topology)
         self.topology.check_mode(mode)
+        _check_router(mode, router, slo, profile)
         self.mode = mode
         self._is_shut_down = False
         self._poll_for = POLL_FOR
@@ -64,6 +76,9 @@ class Cluster(Client):
         engine_options = EngineOptions.from_keywords(options)
         for device in self.topology.devices:
             resolve_device(device)
+        self.model = model
+        self.spec = load_spec(model)
+        self.dtype = resolve_dtype(dtype, self.spec, torch.device(self.topology.devices[0]))
         super().__init__(load_tokenizer(model), seed)
         spec = partial(HostSpec, model=model, dtype=dtype, load_format=load_format, seed=seed, options=engine_options,
                        transport=transport, checksums=checksums)
@@ -71,8 +86,48 @@ class Cluster(Client):
             self._executor: InlineExecutor | ProcessExecutor = _inline(self.topology, spec)
         else:
             self._executor = ProcessExecutor(_hosts(self.topology, spec), hang_timeout)
-        self._central = CentralScheduler(self._executor, mode, Limits.tightest(self._executor.limits.values()),
-                                         max_queued=max_queued)
+        self._central = CentralScheduler(
+            self._executor, mode, Limits.tightest(self._executor.limits.values()), max_queued=max_queued,
+            router=AlwaysCollocated() if mode == "adaptive" else None,  # until there is the one that is wanted
+            devices={worker_id: placement.device for worker_id, placement in self.topology.workers.items()},
+            prefix_caching=engine_options.enable_prefix_caching)
+        if mode == "adaptive":
+            try:
+                self._central.router = self._make_router(router, slo, profile, engine_options)
+            except BaseException:
+                self._release()
+                raise
+
+    def _make_router(self, router: str | Router | None, slo: SLO | None, profile: str | Path | Profile | CostModel | None,
+                     options: EngineOptions) -> Router:
+        if router is not None and not isinstance(router, str):
+            return router
+        name = router or "cost"
+        chunk = min(options.max_num_batched_tokens, options.prefill_chunk_size or sys.maxsize)
+        cost = self._cost_model(profile) if name == "cost" else None
+        return make_router(name, cost, slo=slo, chunk_tokens=chunk)
+
+    def _cost_model(self, profile: str | Path | Profile | CostModel | None) -> CostModel:
+        if isinstance(profile, CostModel):
+            return profile
+        if profile is None:
+            profile = self._profile()
+        elif not isinstance(profile, Profile):
+            profile = Profile.load(profile)
+        profile.warn_if_foreign(device=self.device_name, model=self.model, dtype=str(self.dtype).removeprefix("torch."))
+        return profile.cost
+
+    def _profile(self) -> Profile:
+        from tqdm.auto import tqdm
+
+        from nanopd.cost_model.profiler import profile_cluster
+
+        with tqdm(total=1.0, desc="measuring this cluster", bar_format="{desc}: {percentage:3.0f}% {bar} {elapsed}") as bar:
+            def show(text: str, share: float) -> None:
+                bar.set_description_str(text)
+                bar.update(share - bar.n)
+
+            return profile_cluster(self, progress=show)
 
     @property
     def workers(self) -> dict[str, Worker]:
@@ -84,6 +139,11 @@ class Cluster(Client):
     @property
     def limits(self) -> Limits:
         return self._central.limits
+
+    @property
+    def device_name(self) -> str:
+        """What the topology's first device calls itself, such as "NVIDIA H200"."""
+        return device_name(self.topology.devices[0])
 
     def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, timeout: float | None = None,
                mode: str | None = None) -> Stream:
@@ -127,9 +187,46 @@ class Cluster(Client):
         """
         self._central.set_role(worker_id, role)
 
+    @contextmanager
+    def cast(self, roles: dict[str, str]) -> Iterator[None]:
+        """For the time being these workers alone get requests, each in the role given: {"D1": "C"}, to measure it.
+
+        Raises:
+            ConfigError: there is no such worker.
+            RuntimeError: requests are open.
+        """
+        if self.has_work:
+            raise RuntimeError("requests are open: wait for them, or cancel them")
+        with self._central.fleet.cast(roles):
+            yield
+
+    def time_link(self, source_id: str, destination_id: str, num_tokens: int) -> LinkTimed:
+        """How long KV takes from a worker to another, up to that of `num_tokens` tokens. Neither should have work to do.
+
+        Raises:
+            ConfigError: there is no such worker.
+            RuntimeError: it could not be measured; the message says why.
+        """
+        prompt = self._random.choices(range(self.limits.vocab_size), k=num_tokens)
+        with self._undivided():
+            job = self._central.time_link(source_id, destination_id, prompt)
+        while job not in self._central.link_times:
+            self.step()
+        times = self._central.link_times.pop(job)
+        if isinstance(times, str):
+            raise RuntimeError(f"the link from {source_id} to {destination_id} can't be timed: {times}")
+        return times
+
     def save_trace(self, path: str | Path) -> None:
         """Write what the latest requests and the workers did as a Chrome trace, for https://ui.perfetto.dev."""
         save_trace(path, self._central.timelines, self.history())
+
+    def explain(self, request_id: str) -> Explanation:
+        """Why the router sent a request where it did: what it expected of each route, and what the request really took.
+
+        Raises KeyError where it is not among the latest, and InvalidRequest where no router was asked about it.
+        """
+        return explain(self.timeline(request_id), began(self.timeline(request_id), self.history()))
 
     def timeline(self, request_id: str) -> Timeline:
         """The request's path through the workers, and when it got where."""
@@ -178,6 +275,26 @@ def _pick_executor(executor: str | None, topology: Topology) -> str:
         raise ConfigError(f"topology '{topology}' names several devices; the inline executor runs all workers on one: "
                           "leave executor out, or take 'process'")
     return executor
+
+
+def _check_router(mode: str, router: object, slo: object, profile: object) -> None:
+    given = [name for name, value in (("router", router), ("slo", slo), ("profile", profile)) if value is not None]
+    if given and mode != "adaptive":
+        raise ConfigError(f"{' and '.join(given)} given, but mode {mode!r} asks no router: take mode='adaptive', or leave "
+                          f"{'it' if len(given) == 1 else 'them'} out")
+    if isinstance(router, str) and router not in ROUTERS:
+        make_router(router)  # says so
+    if router is not None and not isinstance(router, str):
+        if not callable(getattr(router, "choose", None)):
+            raise ConfigError(f"a router is one of {', '.join(ROUTERS)}, or an object with a method choose(question, workers); "
+                              f"got {router!r:.80}")
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given[1:])} given, but the router is an object of its own: give it what it needs "
+                              "when you make it")
+    if slo is not None and not isinstance(slo, SLO):
+        raise ConfigError(f"slo must be SLO(ttft, tpot), in seconds, got {slo!r:.80}")
+    if router not in (None, "cost") and isinstance(router, str) and len(given) > 1:
+        raise ConfigError(f"{' and '.join(given[1:])} given, but the router {router!r} has no use for it: take 'cost'")
 
 
 def _check_transport(transport: str, executor: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -92,8 +94,31 @@ class SchedulerConfig:
         _require(self.max_model_len >= 2, f"max_model_len must be at least 2, got {self.max_model_len}")
 
 
+@dataclass(frozen=True)
+class SLO:
+    """What a service promises its users, in seconds: the first token within `ttft`, each after it within `tpot` on average."""
+
+    ttft: float
+    tpot: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("ttft", self.ttft), ("tpot", self.tpot)):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _require(is_number and 0 < value < math.inf, f"an SLO's {name} is a number of seconds above 0, got {value!r}")
+
+
 ROLES = {"C": "collocated", "P": "prefill", "D": "decode"}
-MODES = {"collocated": ("C",), "disaggregated": ("P", "D")}  # and the roles each needs
+# And the pipelines each may send a request through, as the roles that one needs. Each mode needs a complete one.
+MODES = {"collocated": (("C",),), "disaggregated": (("P", "D"),), "adaptive": (("C",), ("P", "D"))}
+
+
+def check_mode(mode: str, roles: Collection[str], where: str) -> None:
+    """Raises ConfigError where `mode` is unknown, or none of its pipelines is complete. `where` begins what is said about
+    the roles that there are."""
+    _require(mode in MODES, f"unknown mode {mode!r}; modes are {', '.join(MODES)}")
+    needed = ", or ".join(" and ".join(sorted(pipeline)) for pipeline in MODES[mode])
+    _require(any(set(pipeline) <= set(roles) for pipeline in MODES[mode]),
+             f"mode {mode!r} needs workers of role {needed}; {where} {' '.join(sorted(roles)) or 'none'}")
 
 
 @dataclass(frozen=True)
@@ -139,11 +164,7 @@ class Topology:
 
     def check_mode(self, mode: str) -> None:
         """Raises ConfigError where `mode` is unknown or needs a role that is not there."""
-        _require(mode in MODES, f"unknown mode {mode!r}; modes are {', '.join(MODES)}")
-        roles = {placement.role for placement in self.placements}
-        needed = MODES[mode]
-        _require(roles.issuperset(needed), f"mode {mode!r} needs workers of role {' and '.join(sorted(needed))}; "
-                 f"the topology {self} has {' '.join(sorted(roles))}")
+        check_mode(mode, {placement.role for placement in self.placements}, f"the topology {self} has")
 
     def __str__(self) -> str:
         return " ".join(f"{p.role}:{p.device.removeprefix('cuda:')}" for p in self.placements)

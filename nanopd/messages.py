@@ -86,6 +86,15 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class TimeLink:
+    """Send blocks to the destination's, as many as it has and fewer, and answer with LinkTimed, or TransferFailed. What they
+    hold is of no account: the destination is leased for this, and nobody reads it."""
+
+    request_id: str
+    destination: Destination
+
+
+@dataclass(frozen=True)
 class SetRole:
     """The worker has another role from now on."""
 
@@ -162,6 +171,16 @@ class TransferFailed:
 
 
 @dataclass(frozen=True)
+class LinkTimed:
+    """How long sends to the destination took, from the call to the last byte's arrival: (bytes, seconds), in order."""
+
+    request_id: str
+    destination: Destination
+    transport: str
+    sends: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
 class Corrupted:
     """What arrived is not what was sent: the request was not resumed, and its lease is given back."""
 
@@ -202,6 +221,7 @@ class Lost:
     reason: str
 
 
-ToWorker = Serve | Reserve | Prefill | Resume | ReleaseLease | Cancel | SetRole | Ping | AskStatus | AskHistory
-FromWorker = (Tokens | Granted | Refused | Prefilled | WriteEnded | TransferFailed | Corrupted | Pong | Status | History
-              | Lost)
+ToWorker = (Serve | Reserve | Prefill | Resume | ReleaseLease | Cancel | TimeLink | SetRole | Ping | AskStatus
+            | AskHistory)
+FromWorker = (Tokens | Granted | Refused | Prefilled | WriteEnded | TransferFailed | LinkTimed | Corrupted | Pong | Status
+              | History | Lost)

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workers": WORKERS,
     # deciding where a request goes: talks to workers by messages only
     "cost_model": BASE,
-    "router": BASE | {"cost_model", "messages", "engine.limits"},
+    "router": BASE | {"cost_model", "messages", "engine.limits", "block_manager.pool"},
     "simulator": STEPPING | {"cost_model", "router", "messages", "workers.worker", "workers.transfer"},
     # the client's side: text, without tensors
     "client": BASE | {"engine.limits", "engine.output"},

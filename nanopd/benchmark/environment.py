@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import nanopd
+from nanopd.engine.factory import cpu_name
 
 ROOT = Path(__file__).parents[2]
 PEERS = ("flashinfer-python", "transformers")
@@ -22,7 +23,7 @@ class CannotMeasure(ValueError):
 
 def device_facts(on_cpu: bool = False) -> dict[str, Any]:
     """The GPU if there is one, else the CPU. `on_cpu`: the CPU in any case."""
-    cpu = _cpu_name()
+    cpu = cpu_name()
     if on_cpu or not torch.cuda.is_available():
         return {"kind": "cpu", "name": "cpu", "cpu": cpu}
     properties = torch.cuda.get_device_properties(0)
@@ -55,15 +56,6 @@ def _said(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return ran.stdout if ran.returncode == 0 else None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _installed(name: str) -> str | None:

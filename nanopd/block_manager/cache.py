@@ -101,6 +101,11 @@ class KVCache:
         else:
             target.index_copy_(2, self._index(block_ids), data)
 
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given to do."""
+        if self.data.is_cuda:
+            torch.cuda.synchronize(self.data.device)
+
     def poison(self, block_ids: Sequence[int] | Tensor) -> None:
         """Fill blocks with NaN in all layers, so that whoever reads them shows it. For tests."""
         self.data.index_fill_(2, self._index(block_ids), float("nan"))

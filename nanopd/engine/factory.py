@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import platform
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +78,20 @@ def resolve_device(device: str | None) -> torch.device:
     if resolved.type != "cpu":
         raise ConfigError(f"device {device!r} is not supported; devices are 'cpu', 'cuda' and 'cuda:N'")
     return resolved
+
+
+def device_name(device: torch.device | str) -> str:
+    """What the device calls itself, such as "NVIDIA H200"."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_name()
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def build_engine(model: Decoder, device: torch.device, options: EngineOptions, cache_share: float = 1.0) -> Engine:

@@ -17,7 +17,7 @@ from nanopd.models.spec import DTYPES, load_spec, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ModelError", "load_model", "load_spec", "load_tokenizer", "resolve_model"]
+__all__ = ["ModelError", "load_model", "load_spec", "load_tokenizer", "resolve_dtype", "resolve_model"]
 
 LOAD_FORMATS = ("auto", "dummy")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -45,7 +45,7 @@ def load_model(
     device = torch.device(device)
     spec = load_spec(model)
     shards = [] if load_format == "dummy" else _shards(resolve_model(model), model)
-    decoder = Decoder(spec, device=device, dtype=_resolve_dtype(dtype, spec, device)).eval()
+    decoder = Decoder(spec, device=device, dtype=resolve_dtype(dtype, spec, device)).eval()
     if load_format == "dummy":
         _fill_with_noise(decoder, seed)
     else:
@@ -71,7 +71,8 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
         raise ModelError(f"the tokenizer in {path} can't be read: {error}") from error
 
 
-def _resolve_dtype(dtype: torch.dtype | str | None, spec: ModelSpec, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: torch.dtype | str | None, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """As `load_model` does. Raises ModelError for one that is not supported."""
     if dtype in (None, "auto"):
         dtype = "float32" if device.type == "cpu" else spec.dtype
     name = str(dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from enum import Enum
 
 from nanopd.core import Request, SamplingParams
 from nanopd.messages import Destination, Written
+from nanopd.router.routing import Route
 from nanopd.router.timeline import Timeline
 
 # What a worker is asked that only computes a prompt again: nothing here can end with the first token, which is known.
@@ -35,9 +36,11 @@ class Entry:
     timeline: Timeline = field(default_factory=Timeline)
     failures: list[str] = field(default_factory=list)  # what became of earlier attempts
     # of this attempt:
+    hashes: list[int] | None = None  # of its prompt's blocks, once somebody has asked
     stage: Stage = Stage.QUEUED
     server: str = ""  # the worker that decodes it, or was asked to
     prefiller: str = ""
+    route: Route | None = None  # where the router said that it is to go
     destination: Destination | None = None
     recomputes: bool = False  # the prefill worker computes the prompt again: what it draws is known already
     was_refused: bool = False
@@ -71,5 +74,5 @@ class Entry:
     def fail(self, what: str) -> None:
         """This attempt came to nothing: the next one begins in line."""
         self.failures.append(what)
-        self.stage, self.destination = Stage.QUEUED, None
+        self.stage, self.route, self.destination = Stage.QUEUED, None, None
         self.recomputes = self.was_refused = False

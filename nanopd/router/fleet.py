@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from nanopd.config import ROLES, ConfigError
+from nanopd.config import MODES, ROLES, ConfigError
 from nanopd.messages import Destination, FromWorker, Refused, ReleaseLease, Reserve, SetRole, ToWorker
+from nanopd.router.book import Book
 
 
 class Executor(Protocol):
@@ -38,12 +40,13 @@ class WorkerState:
     next_role: str | None = None  # to be taken when nothing is in hand any more; until then no new work
     answers: dict[str, int] = field(default_factory=dict)  # job -> answers it writes, or is to set blocks aside for
     writes: dict[str, Destination] = field(default_factory=dict)  # job -> where the KV of the prompt it computes goes
+    book: Book = field(default_factory=Book)  # what that amounts to
     news: int = 1
     refused_at: int = 0  # its news when it was asked for the blocks that it refused
 
     @property
     def load(self) -> int:
-        return sum(self.answers.values()) + len(self.writes)
+        return self.book.total.seats + len(self.writes)
 
     def takes(self, role: str) -> bool:
         """Whether it gets new work of a role."""
@@ -55,13 +58,16 @@ class Fleet:
 
     Args:
         max_num_seqs: answers that a worker can seat.
+        prefix_blocks: of the prompts that each worker is sent, to be remembered.
     """
 
-    def __init__(self, executor: Executor, max_num_seqs: int) -> None:
+    def __init__(self, executor: Executor, max_num_seqs: int, prefix_blocks: int = 0) -> None:
         self.executor = executor
-        self.workers = {worker_id: WorkerState(role) for worker_id, role in executor.roles.items()}
+        self.workers = {worker_id: WorkerState(role, book=Book(prefix_blocks)) for worker_id, role in executor.roles.items()}
+        self.prefix_blocks = prefix_blocks
         self._changing: dict[str, WorkerState] = {}  # those that have a next role
         self.losses: dict[str, list[str]] = {}  # role -> what became of the workers of that role that are gone
+        self._own_roles: dict[str, str] = {}  # while they are cast in others
         # A collocated worker has a few in line, to seat them at once; the rest waits where no worker's loss can touch it.
         self._room = {"C": max_num_seqs + max_num_seqs // 4 + 1, "P": math.inf, "D": max_num_seqs}
 
@@ -85,8 +91,11 @@ class Fleet:
         for holder in holders:
             self.send(destination.worker_id, ReleaseLease(destination.lease_id, holder))
 
-    def choose(self, role: str, num_answers: int = 1) -> str | None:
-        """The least loaded worker of a role among those that may have room; None if there is none."""
+    def choose(self, role: str, num_answers: int = 1, wanted: str | None = None) -> str | None:
+        """The least loaded worker of a role among those that may have room; None if there is none. The one that is wanted, if
+        it takes new work of this role."""
+        if wanted in self.workers and self.workers[wanted].takes(role):
+            return wanted
         chosen, least = None, self._room[role] - num_answers + 1
         for worker_id, worker in self.workers.items():  # of which there may be a thousand
             if worker.takes(role) and worker.refused_at != worker.news and (load := worker.load) < least:
@@ -95,24 +104,76 @@ class Fleet:
                     break
         return chosen
 
+    def has_room(self, worker: WorkerState, num_answers: int) -> bool:
+        """Whether a worker may be given a request, in the role that it has."""
+        return (worker.next_role is None and worker.refused_at != worker.news
+                and worker.load + num_answers <= self._room.get(worker.role, 0))
+
+    def seat(self, worker_id: str, job: str, num_answers: int) -> None:
+        """The worker is to write so many answers of a job."""
+        worker = self.workers[worker_id]
+        worker.answers[job] = num_answers
+        worker.book.seat(job, num_answers)
+
+    @contextmanager
+    def cast(self, roles: Mapping[str, str]) -> Iterator[None]:
+        """For the time being these workers alone get new work, each in the role given. They are not told: the role they have
+        is theirs again afterwards. Raises ConfigError if there is no such worker."""
+        for worker_id in roles:
+            self.check_worker(worker_id)
+        self._own_roles = {worker_id: worker.role for worker_id, worker in self.workers.items()}
+        for worker_id, worker in self.workers.items():
+            worker.role = roles.get(worker_id, "")
+        try:
+            yield
+        finally:
+            for worker_id, worker in self.workers.items():
+                worker.role = self._own_roles[worker_id]
+            self._own_roles = {}
+
     def let_go(self, worker_id: str, job: str) -> None:
         """The worker has a job's answers in hand no more."""
-        if worker_id in self.workers:
-            self.workers[worker_id].answers.pop(job, None)
+        if worker_id in self.workers and self.workers[worker_id].answers.pop(job, None) is not None:
+            self.workers[worker_id].book.close(job)
+
+    def write(self, worker_id: str, job: str, destination: Destination) -> None:
+        """The worker is to compute a job's prompt, and to write its KV there."""
+        self.workers[worker_id].writes[job] = destination
+
+    def wrote(self, worker_id: str, job: str) -> None:
+        """The worker computes a job's prompt no more, nor writes its KV."""
+        del self.workers[worker_id].writes[job]
+        self.workers[worker_id].book.close(job)
 
     def lose(self, worker_id: str, reason: str) -> tuple[str, list[str]]:
         """A worker is gone. Returns what to say about it, and the jobs that it had in hand."""
         worker = self.workers.pop(worker_id)
         self._changing.pop(worker_id, None)
         what = f"{worker_id} was lost ({reason})"
-        self.losses.setdefault(worker.role, []).append(what)
+        self.losses.setdefault(self._own_roles.get(worker_id, worker.role), []).append(what)
         for destination in worker.writes.values():  # it can't say itself that it writes no more
             self.release(destination, "writer")
         return what, [*worker.writes, *worker.answers]
 
-    def lack(self, roles: Collection[str]) -> str | None:
-        """What to say where one of the roles has nobody left to take new work."""
-        for role in roles:
+    def lack(self, mode: str) -> str | None:
+        """What to say where no pipeline of a mode is complete any more: each lacks a role."""
+        lacks = [self._lack(pipeline) for pipeline in MODES[mode]]
+        return None if None in lacks else "; ".join(lacks)
+
+    def needed(self, modes: Collection[str]) -> set[str]:
+        """The roles without which requests in these modes could not go on. A mode with two complete pipelines can do without
+        either."""
+        roles: set[str] = set()
+        for mode in modes:
+            pipelines = MODES[mode]
+            if len(pipelines) > 1:
+                pipelines = [pipeline for pipeline in pipelines if self._lack(pipeline) is None]
+            if len(pipelines) == 1:
+                roles.update(pipelines[0])
+        return roles
+
+    def _lack(self, pipeline: Collection[str]) -> str | None:
+        for role in pipeline:
             if not any(worker.takes(role) for worker in self.workers.values()):
                 losses = "; ".join(self.losses.get(role, []))
                 return f"no {ROLES[role]} worker is left" + (f": {losses}" if losses else "")
@@ -125,8 +186,7 @@ class Fleet:
 
     def set_role(self, worker_id: str, role: str, needed: Collection[str]) -> None:
         """See `CentralScheduler.set_role`. `needed`: roles that must not lose their last worker."""
-        if worker_id not in self.workers:
-            raise ConfigError(f"no worker {worker_id!r}; workers are {', '.join(self.workers)}")
+        self.check_worker(worker_id)
         if role not in ROLES:
             raise ConfigError(f"unknown role {role!r}; roles are "
                               + ", ".join(f"{letter} ({name})" for letter, name in ROLES.items()))
@@ -141,6 +201,11 @@ class Fleet:
             return
         self._changing[worker_id] = worker
         self.change_roles()
+
+    def check_worker(self, worker_id: str) -> None:
+        """Raises ConfigError where there is none of that id."""
+        if worker_id not in self.workers:
+            raise ConfigError(f"no worker {worker_id!r}; workers are {', '.join(self.workers)}")
 
     def change_roles(self) -> None:
         """Those that are to change, and have nothing in hand any more, do."""

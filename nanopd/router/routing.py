@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from nanopd.cost_model.analytical import StepWork
 
@@ -41,6 +41,7 @@ class Question:
     request_id: str
     prompt_len: int
     max_tokens: int  # the longest that an answer may get
+    min_tokens: int  # and the shortest; the same where it does not end by itself
     num_answers: int
     written: int  # tokens of the answer that there are, of an attempt that failed; they are computed again with the prompt
     arrival: float
@@ -57,7 +58,11 @@ class WorkerView(Protocol):
     queued: StepWork  # prompts that it was given and has not begun to answer
     queued_since: float  # when the first of them began to be computed, as far as is known
     running: StepWork  # a step of all that it decodes now
+    seats: int  # answers that it decodes or will, once their prompts are computed
+    free_seats: int  # in its batch beside those; below 0 where some of them have to wait for one
     free_tokens: int  # room in its cache, those it was promised taken off
+    sending_tokens: int  # of prompts that it has computed, and whose KV has not arrived where it goes
+    prompts_per_second: tuple[float, float]  # that it was given lately, and their tokens that were to be computed
     cached_tokens: int  # of this request's prompt, that it has computed before and may still have
 
 
@@ -69,11 +74,13 @@ class Decision:
     scores: tuple[Score, ...] = ()
 
 
-@dataclass(frozen=True)
-class Score:
-    """What one route is expected to cost.
+class Score(NamedTuple):
+    """What one route is expected to cost, in seconds from the request's arrival.
 
-    `terms` are seconds by name, and make up `ttft` and `e2e`. `objective` is what is compared, the less the better.
+    `terms` by name: "waited" in line, "queue" at the worker that computes the prompt, "prefill", "transfer" and "handover"
+    where another worker goes on, "decode", "interference" by prompts to come; and "others", what the requests there have to
+    wait for this one. All but the last make up `e2e`, the first three `ttft`. `objective` is what is compared, the less the
+    better.
     """
 
     route: Route
@@ -84,8 +91,25 @@ class Score:
     objective: float
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An answer that has ended. `cut`: it would have been longer, for it came to max_tokens or was broken off. Times in seconds
+    from the request's arrival to the first token, and for each token after it."""
+
+    request_id: str
+    prompt_len: int
+    output_len: int
+    cut: bool
+    ttft: float
+    tpot: float | None  # None where there is a single token
+    decision: Decision | None  # None where the router was not asked, or an attempt failed
+
+
 class Router(Protocol):
     """Chooses the workers of each request of an adaptive cluster."""
 
     def choose(self, question: Question, workers: Sequence[WorkerView]) -> Decision | None:
-        """None: it waits in line, and so do those behind it; the router is asked again when something has changed."""
+        """None: it waits in line, and so do those behind it; the router is asked again when something has changed.
+
+        A router that has a method `ended(answer: Ended)` is told of every answer when it has ended.
+        """

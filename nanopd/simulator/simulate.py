@@ -10,7 +10,7 @@ from functools import partial
 
 from nanopd.block_manager.manager import BlockSpaceManager
 from nanopd.block_manager.pool import EVENTS_KEPT
-from nanopd.config import MODES, ROLES, CacheConfig, ConfigError, ModelSpec, SchedulerConfig
+from nanopd.config import ROLES, CacheConfig, ConfigError, ModelSpec, SchedulerConfig, check_mode
 from nanopd.core import Request, RequestMetrics, SamplingParams, TokenEvent
 from nanopd.engine.engine import STEPS_KEPT, Engine
 from nanopd.engine.limits import Limits
@@ -183,15 +183,10 @@ class Simulation:
 
 
 def _check_workers(workers: Mapping[str, int], mode: str) -> None:
-    if mode not in MODES:
-        raise ConfigError(f"unknown mode {mode!r}; modes are {', '.join(MODES)}")
     for role, how_many in workers.items():
         if role not in ROLES:
             raise ConfigError(f"unknown role {role!r}; roles are "
                               + ", ".join(f"{letter} ({name})" for letter, name in ROLES.items()))
         if how_many < 0:
             raise ConfigError(f"there can't be {how_many} workers of role {role}")
-    missing = [role for role in MODES[mode] if not workers.get(role)]
-    if missing:
-        raise ConfigError(f"mode {mode!r} needs workers of role {' and '.join(MODES[mode])}; there is none of "
-                          f"{' and '.join(missing)}")
+    check_mode(mode, {role for role, how_many in workers.items() if how_many}, "there are")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # a worker without tensors, as the simulator has, runs withou
     from nanopd.block_manager.cache import KVCache
 
 SEND_TOKENS = 4096  # tokens of a send, counted in each of its layers; fewer take as long to launch as to travel
+TIMES = 8  # that sends of a size are timed
+TIMED_FOR = 0.15  # seconds after which a size has been timed often enough
 
 
 class TransferError(RuntimeError):
@@ -63,6 +65,36 @@ class LocalTransport:
 
     def close(self) -> None:
         pass
+
+
+def time_sends(transport: Transport, cache: KVCache, destination_blocks: list[int],
+               clock: Callable[[], float] = time.monotonic) -> list[tuple[int, float]]:
+    """How long sends of several sizes take, one at a time: (bytes, seconds), the first of each size for warming up.
+
+    One layer of a block, then whole blocks, one and four times as many each time, up to as many as there are. What is
+    in this worker's blocks is of no account.
+
+    Raises TransferError where something can't be sent.
+    """
+    most = min(len(destination_blocks), cache.num_blocks)
+    counts = [4**i for i in range(most.bit_length()) if 4**i < most] + [most]
+    one_layer = (range(1), 1, cache.bytes_per_block // cache.num_layers)
+    sizes = [one_layer, *((range(cache.num_layers), count, count * cache.bytes_per_block) for count in counts)]
+    sends = []
+    for layers, count, num_bytes in sizes:
+        begin, times = clock(), 0
+        while times < 2 or (times < TIMES and clock() - begin < TIMED_FOR):
+            start = clock()
+            transport.send(layers, _spread(count, cache.num_blocks), destination_blocks[:count]).wait()
+            cache.synchronize()  # on one device a copy counts as arrived when it is queued
+            sends.append((num_bytes, clock() - start))
+            times += 1
+    return sends
+
+
+def _spread(count: int, num_blocks: int) -> list[int]:
+    """Blocks that do not lie side by side where there is room between them."""
+    return [i * num_blocks // count for i in range(count)]
 
 
 class Transfer:

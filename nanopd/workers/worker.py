@@ -20,6 +20,7 @@ from nanopd.messages import (
     FromWorker,
     Granted,
     History,
+    LinkTimed,
     Ping,
     Pong,
     Prefill,
@@ -31,13 +32,14 @@ from nanopd.messages import (
     Serve,
     SetRole,
     Status,
+    TimeLink,
     Tokens,
     ToWorker,
     TransferFailed,
     WriteEnded,
     Written,
 )
-from nanopd.workers.transfer import Transfer, TransferError, Transport
+from nanopd.workers.transfer import Transfer, TransferError, Transport, time_sends
 
 if TYPE_CHECKING:  # a worker without tensors, as the simulator has, runs without torch
     from nanopd.block_manager.cache import KVCache
@@ -70,7 +72,7 @@ class Worker:
         engine.layer_hook = self._on_layer
         self._handlers: dict[type, Callable] = {
             Serve: self._serve, Reserve: self._reserve, Prefill: self._prefill, Resume: self._resume,
-            ReleaseLease: self._release_lease, Cancel: self._cancel, SetRole: self._set_role,
+            ReleaseLease: self._release_lease, Cancel: self._cancel, TimeLink: self._time_link, SetRole: self._set_role,
             Ping: self._pong, AskStatus: self._tell_status, AskHistory: self._tell_history,
         }
 
@@ -160,6 +162,18 @@ class Worker:
 
     def _cancel(self, message: Cancel) -> None:
         self._emit(self.engine.cancel(message.request_id, message.index))
+
+    def _time_link(self, message: TimeLink) -> None:
+        """Nothing else happens here meanwhile."""
+        destination = message.destination
+        blocks = destination.block_ids[destination.num_cached // self.manager.block_size :]
+        try:
+            transport = self._connect(destination.worker_id)
+            sends = time_sends(transport, self.cache, blocks, self.engine.clock)
+        except TransferError as error:
+            self.outbox.append(TransferFailed(message.request_id, destination, str(error)))
+        else:
+            self.outbox.append(LinkTimed(message.request_id, destination, transport.name, sends))
 
     def _set_role(self, message: SetRole) -> None:
         self.role = message.role

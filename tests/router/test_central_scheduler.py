@@ -252,7 +252,7 @@ def test_each_request_may_have_its_own_pipeline_and_the_lines_do_not_wait_for_on
 
 
 @pytest.mark.parametrize(("mode", "message"), [("collocated", "needs workers of role C; this cluster has D P"),
-                                               ("adaptive", "unknown mode 'adaptive'; modes are collocated, disaggregated")])
+                                               ("adaptive", "needs a router, and this cluster was made without one")])
 def test_a_pipeline_that_is_not_there(mode, message):
     with pytest.raises(InvalidRequest, match=message):
         Script("P0 D0").submit("a", mode=mode)

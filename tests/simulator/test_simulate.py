@@ -203,7 +203,7 @@ def test_a_workload_that_can_not_be_run(workload, says):
     (dict(mode="collocate"), "unknown mode 'collocate'; modes are collocated"),
     (dict(workers={"X": 1}), "unknown role 'X'; roles are C"),
     (dict(workers={"C": -1}), "can't be -1 workers of role C"),
-    (dict(workers={"P": 2, "D": 0}, mode="disaggregated"), "there is none of D"),
+    (dict(workers={"P": 2, "D": 0}, mode="disaggregated"), "needs workers of role D and P; there are P"),
     (dict(latency=-1.0), "latency is a number of seconds of at least 0, got -1.0"),
 ])
 def test_a_cluster_that_can_not_be(options, says):

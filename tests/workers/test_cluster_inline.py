@@ -527,7 +527,7 @@ def test_the_first_token_comes_from_p_in_the_step_that_reads_the_prompt(referenc
     (dict(topology=" "), "at least one worker"),
     (dict(topology="P:cpu"), "needs workers of role D and P"),
     (dict(topology="P:cpu D:cpu", mode="collocated"), "needs workers of role C"),
-    (dict(mode="adaptive"), "unknown mode 'adaptive'"),
+    (dict(mode="adaptively"), "unknown mode 'adaptively'"),
     (dict(max_seqs=3), "unknown option max_seqs"),
     (dict(watermark=1.5), "watermark"),
     (dict(topology="P:cpu D:99"), "torch sees"),
