@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "core": set(),
     "config": {"core"},
     "messages": BASE,
+    "metrics": BASE,
     # bookkeeping without tensors
     "block_manager": BLOCKS,
     "engine.beam": BLOCKS,
@@ -49,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # deciding where a request goes: talks to workers by messages only
     "cost_model": BASE,
     "router": BASE | {"cost_model", "messages", "engine.limits", "block_manager.pool"},
-    "simulator": STEPPING | {"cost_model", "router", "messages", "workers.worker", "workers.transfer"},
+    "simulator": STEPPING | {"cost_model", "router", "messages", "metrics", "workers.worker", "workers.transfer"},
     # the client's side: text, without tensors
     "client": BASE | {"engine.limits", "engine.output"},
 }
@@ -70,7 +71,7 @@ TOP = {
 }
 LAYERS = MAY_IMPORT | TOP
 
-NEEDS_NO_TORCH = ("core", "config", "messages", "block_manager.pool", "block_manager.manager", "engine.scheduler",
+NEEDS_NO_TORCH = ("core", "config", "messages", "metrics", "block_manager.pool", "block_manager.manager", "engine.scheduler",
                   "engine.engine", "workers.worker", "client", "cost_model", "router", "simulator", "doctor", "demo", "cli")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 FORBIDDEN_NAMES = {"sys.path", "torch.load", "torch.save"}

@@ -223,7 +223,7 @@ class CostModel:
 
     def transfer(self, source: str, destination: str, transport: str | None = None) -> TransferCost:
         """The transfers' constants between two devices. A pair that was not measured is taken to be as slow as the
-        slowest that was. `transport` None: the quickest of this pair's.
+        slowest that was by the same transport. `transport` None: the quickest.
 
         Raises:
             CostModelError: nothing was measured for this transport.
@@ -235,7 +235,11 @@ class CostModel:
         of_pair = [each for each in fitting if (each.source, each.destination) == (source, destination)]
         if of_pair:
             return max(of_pair, key=lambda each: each.bytes_per_second)
-        return min(fitting, key=lambda each: each.bytes_per_second)
+        slowest: dict[str, TransferCost] = {}
+        for each in fitting:
+            if each.transport not in slowest or each.bytes_per_second < slowest[each.transport].bytes_per_second:
+                slowest[each.transport] = each
+        return max(slowest.values(), key=lambda each: each.bytes_per_second)
 
     def transfer_seconds(self, link: TransferCost, num_tokens: int, prefill_seconds: float, num_chunks: int = 1) -> float:
         """How long after its prefill a prompt's KV has arrived, layer by layer behind the computing."""

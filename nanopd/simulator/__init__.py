@@ -5,8 +5,9 @@ code, so what a simulation teaches is true of the engine, as far as the costs ar
 """
 
 from nanopd.simulator.clock import VirtualClock
-from nanopd.simulator.cost_runner import LinearCosts, StepCosts
+from nanopd.simulator.cost_runner import LinearCosts, ModelCosts, StepCosts
 from nanopd.simulator.simulate import Result, Served, Simulation
-from nanopd.simulator.workload import Arrival, poisson
+from nanopd.simulator.workload import Arrival, lengths, poisson
 
-__all__ = ["Arrival", "LinearCosts", "Result", "Served", "Simulation", "StepCosts", "VirtualClock", "poisson"]
+__all__ = ["Arrival", "LinearCosts", "ModelCosts", "Result", "Served", "Simulation", "StepCosts", "VirtualClock", "lengths",
+           "poisson"]

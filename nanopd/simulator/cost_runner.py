@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from nanopd.config import ConfigError
-from nanopd.core import PlanRow, RowResult, StepPlan, StepResult
+from nanopd.core import PlanRow, RowResult, Sequence, StepPlan, StepResult
+from nanopd.cost_model.analytical import CostModel, StepWork
 from nanopd.engine.engine import OnLayer
 from nanopd.simulator.clock import VirtualClock
 
-TOKEN = 0  # what every draw gives: how long an answer gets is for its request to say
+TOKEN, END = 0, 1  # what draws give: one that goes on, and the one that ends an answer
+
+
+class LinkCosts(NamedTuple):
+    """Of KV on its way from one worker to another, in seconds. Sends follow one another, but for the latency."""
+
+    latency: float
+    token: float  # for each token, all layers
 
 
 class StepCosts(Protocol):
     """How long things take, in seconds."""
 
-    def step_seconds(self, rows: Sequence[PlanRow]) -> float:
-        """A step with these rows: each runs `num_new` tokens after `num_cached`."""
+    def step_seconds(self, work: StepWork) -> float:
+        """A step that holds so much."""
 
-    def transfer_seconds(self, num_tokens: int) -> float:
-        """The KV of so many tokens, all layers, from one worker to another. Of 0 tokens: the latency, with which other sends
-        are not held up."""
+    def link(self, source: str, destination: str) -> LinkCosts:
+        """From one device to another, such as "cuda:0"."""
 
 
 @dataclass(frozen=True)
@@ -46,40 +53,63 @@ class LinearCosts:
             if not (seconds >= 0 and math.isfinite(seconds)):
                 raise ConfigError(f"{name} must be a number of seconds of at least 0, got {seconds!r}")
 
-    def step_seconds(self, rows: Sequence[PlanRow]) -> float:
-        seconds = self.step
-        for row in rows:
-            if row.num_new == 1:
-                seconds += self.decode_row + self.context_token * row.num_cached
-            else:
-                seconds += self.prefill_token * row.num_new
-        return seconds
+    def step_seconds(self, work: StepWork) -> float:
+        return (self.step + self.prefill_token * work.prompt_tokens + self.decode_row * work.decodes
+                + self.context_token * (work.context_tokens - work.decodes))
 
-    def transfer_seconds(self, num_tokens: int) -> float:
-        return self.latency + self.transfer_token * num_tokens
+    def link(self, source: str, destination: str) -> LinkCosts:
+        return LinkCosts(self.latency, self.transfer_token)
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """What a measured cost model says."""
+
+    cost: CostModel
+
+    def step_seconds(self, work: StepWork) -> float:
+        return self.cost.step_seconds(work)
+
+    def link(self, source: str, destination: str) -> LinkCosts:
+        """Raises CostModelError where no transfers were measured."""
+        found = self.cost.transfer(source, destination)
+        return LinkCosts(found.latency_seconds, self.cost.shape.kv_bytes_per_token / found.bytes_per_second)
 
 
 class CostRunner:
-    """Puts its worker's clock forward by what each step costs. Layers take equal shares of a step."""
+    """Puts its worker's clock forward by what each step costs. Layers take equal shares of a step.
 
-    def __init__(self, costs: StepCosts, clock: VirtualClock, num_layers: int) -> None:
+    Answers end by themselves, each at its length in `output_lens`, which nobody else knows.
+    """
+
+    def __init__(self, costs: StepCosts, clock: VirtualClock, num_layers: int, output_lens: Mapping[str, int]) -> None:
         self.costs = costs
         self.clock = clock
         self.num_layers = num_layers
+        self.output_lens = output_lens  # by request id
         self.busy = 0.0  # seconds spent in steps
 
     def execute(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
         return self._run(plan, self.clock.now, on_layer)
 
+    def last_len(self, sequence: Sequence) -> int:
+        """How many tokens, prompt and answer, it will have."""
+        return min(sequence.prompt_len + self.output_lens[sequence.request_id], sequence.max_len)
+
     def _run(self, plan: StepPlan, start: float, on_layer: OnLayer | None) -> StepResult:
-        seconds = self.costs.step_seconds(plan.rows)
+        seconds = self.costs.step_seconds(StepWork.of(plan.rows))
         if on_layer is not None:
             for layer in range(self.num_layers):
                 self.clock.now = start + seconds * (layer + 1) / self.num_layers
                 on_layer(layer)
         self.clock.now = start + seconds
         self.busy += seconds
-        return StepResult([_draw(row) for row in plan.rows], seconds)
+        return StepResult([self._draw(row) for row in plan.rows], seconds)
+
+    def _draw(self, row: PlanRow) -> RowResult:
+        output_len = row.num_cached + row.num_new + 1 - row.sequence.prompt_len  # with what is drawn
+        token_id = END if output_len >= self.output_lens[row.request.request_id] else TOKEN
+        return RowResult([token_id] * row.num_draws, [0.0] * row.num_draws)
 
 
 class LaunchingCostRunner(CostRunner):
@@ -97,7 +127,3 @@ class LaunchingCostRunner(CostRunner):
     def _wait(self, end: float, result: StepResult) -> StepResult:
         self.clock.now = max(self.clock.now, end)
         return result
-
-
-def _draw(row: PlanRow) -> RowResult:
-    return RowResult([TOKEN] * row.num_draws, [0.0] * row.num_draws)

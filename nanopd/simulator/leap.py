@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-from nanopd.core import Phase, PlanRow, Sequence, TokenEvent
+from nanopd.core import Phase, Sequence, StepPlan, TokenEvent
+from nanopd.cost_model.analytical import StepWork
 from nanopd.engine.engine import Engine
 from nanopd.simulator.cost_runner import TOKEN, CostRunner, LaunchingCostRunner
 
@@ -21,8 +22,7 @@ class Leap:
     def __init__(self, engine: Engine, now: float, num_steps: int) -> None:
         self._engine = engine
         self._runner: CostRunner = engine.runner
-        self._rows = [PlanRow(sequence, entry.group.request, 1, sequence.num_computed, [], num_samples=1)
-                      for entry in engine.scheduler.running for sequence in entry.group.sequences]
+        self._sequences = [sequence for entry in engine.scheduler.running for sequence in entry.group.sequences]
         self._counted = now  # until then the runner has counted itself busy
         self._ends = self._reckon(now, num_steps)
 
@@ -38,8 +38,7 @@ class Leap:
         """Carry it out. Returns the tokens drawn, each with the time of its step."""
         engine, num_steps = self._engine, len(self._ends)
         manager, ahead = engine.scheduler.manager, engine.ahead
-        for row in self._rows:
-            sequence = row.sequence
+        for sequence in self._sequences:
             manager.append_slot(sequence, num_steps + (ahead is not None))
             sequence.token_ids += [TOKEN] * num_steps
             sequence.logprobs += [0.0] * num_steps
@@ -52,20 +51,20 @@ class Leap:
                 row.num_cached += num_steps
             self._runner.free = self.end
             ahead.wait = self._runner.launch(ahead.plan)
-        return [TokenEvent(row.sequence.request_id, row.sequence.index, TOKEN, time=end)
-                for end in self._ends for row in self._rows]
+        return [TokenEvent(sequence.request_id, sequence.index, TOKEN, time=end)
+                for end in self._ends for sequence in self._sequences]
 
     def _reckon(self, now: float, num_steps: int) -> list[float]:
         """When each step ends."""
-        rows, step_seconds, ends = self._rows, self._runner.costs.step_seconds, []
+        step_seconds, ends, decodes = self._runner.costs.step_seconds, [], len(self._sequences)
+        context_tokens = sum(sequence.num_computed for sequence in self._sequences)
         for _ in range(num_steps):
+            context_tokens += decodes
             if self._engine.ahead is not None and not ends:
                 now = self._counted = max(now, self._runner.free)
             else:
-                now += step_seconds(rows)
+                now += step_seconds(StepWork(decodes=decodes, context_tokens=context_tokens))
             ends.append(now)
-            for row in rows:
-                row.num_cached += 1
         return ends
 
 
@@ -78,9 +77,15 @@ def steps_alike(engine: Engine) -> int:
     is_seat_free = len(sequences) < scheduler.config.max_num_seqs
     if scheduler.waiting and is_seat_free and scheduler.manager.can_allocate(scheduler.waiting[0].group.live[0]):
         return 0  # it is let in; one that finds no blocks won't find any before somebody ends
-    if isinstance(engine.runner, LaunchingCostRunner) and (ahead is None or len(ahead.plan.rows) < len(sequences)):
-        return 0  # it is about to begin the next step ahead, or somebody joins with that
-    return _until_blocks_run_out(engine, sequences, min(one.max_len - len(one) for one in sequences) - 1)
+    if isinstance(engine.runner, LaunchingCostRunner) and (ahead is None or not _runs_just(ahead.plan, sequences)):
+        return 0  # it is about to begin the next step ahead, or somebody joins or leaves with that
+    last_len = engine.runner.last_len
+    return _until_blocks_run_out(engine, sequences, min(last_len(one) - len(one) for one in sequences) - 1)
+
+
+def _runs_just(plan: StepPlan, sequences: list[Sequence]) -> bool:
+    """A step begun ahead may hold a row of an answer that has ended meanwhile."""
+    return len(plan.rows) == len(sequences) and all(row.sequence.phase is Phase.DECODE for row in plan.rows)
 
 
 def _until_blocks_run_out(engine: Engine, sequences: list[Sequence], most: int) -> int:

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from nanopd.simulator.clock import VirtualClock
-from nanopd.simulator.cost_runner import StepCosts
+from nanopd.simulator.cost_runner import LinkCosts
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TimedLink:
 
     name = "simulated"
 
-    def __init__(self, costs: StepCosts, clock: VirtualClock, block_size: int, num_layers: int) -> None:
+    def __init__(self, costs: LinkCosts, clock: VirtualClock, block_size: int, num_layers: int) -> None:
         self._costs = costs
         self._clock = clock  # the sender's
         self._block_size = block_size
@@ -39,11 +39,11 @@ class TimedLink:
         self._arrivals: deque[float] = deque()
 
     def send(self, layers: range, source_blocks: list[int], destination_blocks: list[int]) -> TimedTicket:
-        latency = self._costs.transfer_seconds(0)
-        moving = self._costs.transfer_seconds(len(source_blocks) * self._block_size) - latency
+        moving = len(source_blocks) * self._block_size * self._costs.token
         self._free = max(self._free, self._clock.now) + moving * len(layers) / self._num_layers
-        self._arrivals.append(self._free + latency)
-        return TimedTicket(self._free + latency, self._clock)
+        arrives = self._free + self._costs.latency
+        self._arrivals.append(arrives)
+        return TimedTicket(arrives, self._clock)
 
     def next_arrival(self, now: float) -> float | None:
         """When something arrives next, after `now`; None if nothing is on its way."""

@@ -11,6 +11,7 @@ _PANELS: dict[str, str] = {
     "ClusterTimeline": "cluster_timeline",
     "KernelExplorer": "kernel_explorer",
     "KernelTimes": "kernel_times",
+    "LiveServing": "live_serving",
     "Roofline": "roofline",
     "TransferTimes": "transfer_times",
 }  # class name -> module in this package

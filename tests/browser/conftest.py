@@ -71,6 +71,11 @@ CELL = """async text => {
     await content.scrollToItem(index, 'start');
     return content.widgets[index].node;
 }"""
+RUN_CELL = """async () => {
+    await jupyterapp.commands.execute('notebook:run-cell');
+    const {content} = jupyterapp.shell.currentWidget;
+    return content.activeCell.model.toJSON().outputs.map(output => output.text ?? output.evalue ?? '').join('');
+}"""
 STOP_KERNELS = """async () => {
     const headers = {'X-XSRFToken': (document.cookie.match(/_xsrf=([^;]*)/) || [])[1] || ''};
     for (const session of await (await fetch('/api/sessions')).json())
@@ -107,6 +112,11 @@ class OpenNotebook:
         self.page.get_by_text("Run All Cells", exact=True).click()
         errors = self.wait_until(lambda: self.page.evaluate(FINISHED), "the cells did not finish", RUN_SECONDS)
         assert errors == [None], errors[0]
+
+    def run_cell(self, code: str) -> str:
+        """Run the first cell whose code holds this text. Returns what it printed, or the error it ended with."""
+        self.page.evaluate_handle(CELL, code)
+        return self.page.evaluate(RUN_CELL)
 
     def panel(self, code: str) -> Any:
         """The first cell whose code holds this text, once its output has a figure: the very element, wherever the

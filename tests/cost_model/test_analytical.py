@@ -180,12 +180,13 @@ def test_units_bytes_over_bytes_a_second():
     assert hidden == pytest.approx(20e-6 + 2048 * 147_456 / 390e9 / 36)
 
 
-def test_a_pair_that_was_not_measured_is_as_slow_as_the_slowest():
+def test_a_pair_that_was_not_measured_is_as_slow_as_the_slowest_by_the_same_transport():
     slow = replace(PEER, destination="cuda:2", bytes_per_second=100e9)
     model = replace(MODEL, transfers=(PEER, slow, RELAY))
     assert model.transfer("cuda:0", "cuda:1") == PEER
     assert model.transfer("cuda:0", "cuda:1", "relay") == RELAY
     assert model.transfer("cuda:3", "cuda:4", "peer") == slow
+    assert model.transfer("cuda:3", "cuda:4") == slow
     with pytest.raises(CostModelError, match="by 'collective' were measured; measured: peer, relay"):
         model.transfer("cuda:0", "cuda:1", "collective")
 

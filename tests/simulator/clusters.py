@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from workers.fake_cluster import assert_cluster_is_empty
 
-from nanopd.config import CacheConfig, ModelSpec, SchedulerConfig
+from nanopd.config import CacheConfig, SchedulerConfig
+from nanopd.cost_model.analytical import Shape
 from nanopd.simulator import LinearCosts, Simulation
 
-MODEL = ModelSpec("qwen3", vocab_size=100, hidden_size=64, intermediate_size=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                  head_dim=16, max_position=65536)
+MODEL = Shape(num_layers=4, kv_bytes_per_token=512)
 COSTS = LinearCosts(step=2e-3, prefill_token=1e-5, decode_row=1e-4, context_token=1e-7, latency=1e-4, transfer_token=4e-6)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from nanopd.simulator import LinearCosts, VirtualClock
+from nanopd.simulator import VirtualClock
+from nanopd.simulator.cost_runner import LinkCosts
 from nanopd.simulator.link import TimedLink
 
 
 def make_link():
     clock = VirtualClock(10.0)
-    return clock, TimedLink(LinearCosts(latency=1.0, transfer_token=0.25), clock, block_size=4, num_layers=2)
+    return clock, TimedLink(LinkCosts(latency=1.0, token=0.25), clock, block_size=4, num_layers=2)
 
 
 def test_sends_follow_one_another():
