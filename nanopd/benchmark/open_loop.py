@@ -16,18 +16,21 @@ LONGEST_WAIT = 0.05  # seconds; as long may Ctrl-C wait
 
 @dataclass
 class Measured:
-    """One request as the client saw it. Times in seconds on the monotonic clock; `due` is when it was to be sent."""
+    """One request as the client saw it. Times in seconds on the monotonic clock; `arrival` is when it was due, which is not
+    later than when it was sent."""
 
-    request_id: str
-    prompt_len: int
-    due: float
+    arrival: float
     sent: float
+    mode: str = ""
     tokens: list[float] = field(default_factory=list)  # when each was drawn
-    error: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
 
     @property
     def ttft(self) -> float:
-        return self.tokens[0] - self.due
+        return self.tokens[0] - self.arrival
 
     @property
     def tpot(self) -> float | None:
@@ -36,7 +39,7 @@ class Measured:
 
     @property
     def e2e(self) -> float:
-        return self.tokens[-1] - self.due
+        return self.tokens[-1] - self.arrival
 
 
 def serve_open_loop(cluster: Cluster, arrivals: Sequence[Arrival], mode: str | None = None, seed: int = 0) -> list[Measured]:
@@ -58,7 +61,7 @@ def serve_open_loop(cluster: Cluster, arrivals: Sequence[Arrival], mode: str | N
             arrival = arrivals[number]
             stream = cluster.submit({"prompt_token_ids": prompts[number]}, SamplingParams(
                 temperature=0, max_tokens=arrival.output_len, ignore_eos=True), mode=mode)
-            requests.append(Measured(stream.request_id, arrival.prompt_len, begin + arrival.time, time.monotonic()))
+            requests.append(Measured(begin + arrival.time, time.monotonic()))
             by_id[stream.request_id] = requests[-1]
         left = arrivals[len(requests)].time - now if len(requests) < len(arrivals) else LONGEST_WAIT
         for event in cluster.step(min(max(left, 0.0), LONGEST_WAIT)):
@@ -68,5 +71,7 @@ def serve_open_loop(cluster: Cluster, arrivals: Sequence[Arrival], mode: str | N
             if event.token_id is not None:
                 request.tokens.append(event.time)
             if event.finish_reason is not None:
+                path = cluster.timeline(event.request_id).path
                 del by_id[event.request_id]
+                request.mode = "collocated" if len(path) == 1 else "disaggregated"
     return requests
