@@ -68,6 +68,7 @@ class Cluster(Client):
         _check_router(mode, router, slo, profile)
         self.mode = mode
         self._is_shut_down = False
+        self._poll_for = POLL_FOR
         self.executor = _pick_executor(executor, self.topology)
         _check_transport(transport, self.executor)
         if hang_timeout <= 0:
@@ -159,7 +160,10 @@ class Cluster(Client):
         request = self._make_request(prompt, sampling_params or SamplingParams(), timeout=timeout)
         return self._submit(request, mode=mode)
 
-    def step(self) -> list[TokenEvent]:
+    def step(self, timeout: float = POLL_FOR) -> list[TokenEvent]:
+        """Advance. Returns the events of all requests, which also reach their streams; waits for some at most `timeout`
+        seconds."""
+        self._poll_for = timeout
         with self._undivided():
             return super().step()
 
@@ -250,7 +254,7 @@ class Cluster(Client):
         self._central.submit(request, mode)
 
     def _advance(self) -> list[TokenEvent]:
-        events = self._central.step(POLL_FOR)
+        events = self._central.step(self._poll_for)
         if not events and self.has_work and not self._central.has_work:
             raise RuntimeError("requests are open, but no worker knows of them: a request was lost")
         return events

@@ -22,6 +22,8 @@ HOT = "the GPU lowers its clock under heavy load: each compute-bound figure stan
 TIMED = "kernels: CUDA graphs over rotating buffers, median of several replays"
 SENT = "wall time until the last byte is there, several sends in a row; scattered blocks of 16 tokens; median of several turns"
 STEPS = "one cluster holds both pipelines, P:0 D:1 and C:0 C:1; idle: one request at a time, the pipelines in turn"
+OPEN = ("Poisson arrivals, sent whether or not earlier ones are answered; the router knows of each answer its longest length; "
+        "simulated: the same arrivals, by the profile measured at the start of the run")
 STEADY = "decode: wall time of engine.step() over consecutive steps; idle: outside of the steps' CUDA graphs"
 
 
@@ -102,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
 
     transfer = command("transfer", _alone(_transfer), "Blocks of a KV cache from one GPU to another, by each transport.")
     cluster = command("cluster", _alone(_cluster), "Prefill and decode on two GPUs: what the transfer costs, and what it gives.")
-    for two in (transfer, cluster):
+    routing = command("routing", _alone(_routing), "Three modes under an open loop, beside what profile and simulator say of them.")
+    for two in (transfer, cluster, routing):
         two.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
                          help="cpu: the embedded model in processes on the CPU, to see that it works")
 
@@ -211,6 +214,17 @@ def _cluster(options: argparse.Namespace) -> Found:
 
     rows, summary = clusters.run(clusters.CASES[options.device])
     return Found({}, rows, summary, [STEPS], on_cpu=options.device == "cpu")
+
+
+def _routing(options: argparse.Namespace) -> Found:
+    _require_two_gpus("routing", options.device)
+    from nanopd.benchmark import routing
+    from nanopd.benchmark.results import slug
+
+    case = routing.CASES[options.device]
+    rows, summary, profile = routing.run(case)
+    profile.save(options.out / slug(profile.device) / f"profile-{case.model}.json")
+    return Found({}, rows, summary, [OPEN], on_cpu=options.device == "cpu")
 
 
 def _all(options: argparse.Namespace) -> int:
