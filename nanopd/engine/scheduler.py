@@ -76,6 +76,7 @@ class Scheduler:
         self.handed_off: dict[str, SequenceGroup] = {}
         self.beams: dict[str, beam.BeamSearch] = {}
         self.num_preemptions = 0
+        self.num_seats_promised = 0  # to requests whose prompts are computed elsewhere: nobody else is let in on them
         self._groups: dict[str, SequenceGroup] = {}  # all that are served
         self._tickets = count()
         self._forks: dict[int, tuple[Sequence, Sequence]] = {}  # that draft in this step: by id, (sequence, its fork)
@@ -132,6 +133,16 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def num_seats_wanted(self) -> int:
+        """By all groups here, and those promised."""
+        return self.num_seats_taken + self.num_seats_promised + sum(self._seats(entry.group) for entry in self.waiting)
+
+    @property
+    def lacks_blocks(self) -> bool:
+        """Whether the first in line, if there is one, has to wait for blocks."""
+        return bool(self.waiting) and not self.manager.can_allocate(self.waiting[0].group.live[0])
 
     @property
     def num_seats_taken(self) -> int:
@@ -227,7 +238,7 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan) -> None:
         """Let waiting groups in, oldest first; the first that does not fit holds the others back."""
-        seats = self.config.max_num_seqs - self.num_seats_taken
+        seats = self.config.max_num_seqs - self.num_seats_taken - self.num_seats_promised
         while self.waiting and self._budget:
             entry = self.waiting[0]
             leader = entry.group.live[0]

@@ -1,7 +1,8 @@
 """The reference router: what would each route cost this request, and those that are there already?
 
-Every collocated worker and every pair of a prefill and a decode worker is scored, see `Score`. Without an SLO, what counts is
-the request's own time and, as much, what it takes from others. With one it is how many requests are expected to miss it: this
+Every collocated worker is scored, and every pair of one that computes the prompt and another that writes the answer: prefill
+and decode workers, and collocated ones, which can do either part. See `Score`. Without an SLO, what counts is the request's own
+time and, as much, what it takes from others. With one it is how many requests are expected to miss it: this
 one, by its chance, and those beside it, by how much theirs grows.
 """
 
@@ -17,7 +18,7 @@ from nanopd.cost_model.analytical import CostModel, StepWork, TransferCost, atte
 from nanopd.router.length_predictor import LengthPredictor
 from nanopd.router.routing import Decision, Ended, Question, Route, Score, WorkerView
 
-SHORTLIST = 4  # workers of a role that are scored, where there are more
+SHORTLIST = 5  # workers that are scored for a part of a request, where there are more
 SMALL = 0.02  # share of the time for an answer's tokens, below which its length does not matter for what comes on top
 LEAST_RATE = 1e-3  # prompts a second, below which there are none
 BUSIEST = 0.9  # share of its time that a worker can give to prompts while it decodes
@@ -43,6 +44,8 @@ class Prompt(NamedTuple):
     queue: float
     prefill: float
     sending: int  # tokens of other prompts whose KV has yet to leave
+    others: float  # what those that write there have to wait for it
+    misses: float  # how many more of those will miss the SLO
 
 
 class Writing(NamedTuple):
@@ -53,6 +56,7 @@ class Writing(NamedTuple):
     wait: float  # for room
     step: float  # of those that are there
     decode: float  # all of this answer's steps
+    slower: float  # by which share prompts to come lengthen them
     others: float  # what those that are there have to wait for them
     misses: float  # how many more of those will miss the SLO
     sent: int  # tokens of the prompt that are not there
@@ -118,19 +122,22 @@ class CostRouter:
 
     def choose(self, question: Question, workers: Sequence[WorkerView]) -> Decision | None:
         length = self._length(question)
-        places: dict[str, list[WorkerView]] = {"C": [], "P": [], "D": []}
+        able: dict[str, list[WorkerView]] = {"C": [], "P": [], "D": []}  # by part; C: both
         for worker in workers:
             if worker.is_open:
-                places[worker.role].append(worker)
+                for part in "CPD" if worker.role == "C" else worker.role:
+                    able[part].append(worker)
         token, sequence = self.cost.prefill.token_seconds, length.mean * self.cost.decode.sequence_seconds
-        scores = [self._collocated(question, length, worker) for worker in _shortlist(places["C"], lambda worker: (
+        scores = [self._collocated(question, length, worker) for worker in _shortlist(able["C"], lambda worker: (
             (worker.queued.prompt_tokens - worker.cached_tokens) * token + worker.seats * sequence))]
-        if places["P"] and places["D"]:
-            prompts = [self._prompt(question, length, worker) for worker in _shortlist(
-                places["P"], lambda worker: worker.queued.prompt_tokens - worker.cached_tokens)]
-            writings = [self._writing(question, length, worker, worker.running) for worker in _shortlist(
-                places["D"], lambda worker: worker.seats)]
-            scores += [self._disaggregated(question, length, prompt, writing) for prompt in prompts for writing in writings]
+        if len(able["P"]) + len(able["D"]) > 2 * len(able["C"]) or len(able["C"]) > 1:  # else there is no pair
+            prompts = [self._prompt(question, length, worker) for worker in _shortlist(able["P"], lambda worker: (
+                (worker.queued.prompt_tokens - worker.cached_tokens) * token + worker.running.decodes * sequence))]
+            writings = [self._writing(question, length, worker, worker.running, slower=self._slower(worker))
+                        for worker in _shortlist(able["D"], lambda worker: (
+                            worker.seats * sequence + worker.queued.prompt_tokens * token))]
+            scores += [self._disaggregated(question, length, prompt, writing) for prompt in prompts for writing in writings
+                       if prompt.worker_id != writing.worker_id]
         if not scores:
             return None
         scores.sort(key=_objective)
@@ -155,8 +162,7 @@ class CostRouter:
         step = self.cost.decode.seconds(decodes, contexts) if decodes else 0.0
         room = max(self.chunk_tokens - decodes, 1)
         queue, prefill, steps = self._computing(question, worker, question.written, decodes, contexts, room)
-        share = self._share_of_prompts(worker, decodes, contexts, room)
-        slower = share / (1 - share)
+        slower = self._slower(worker)
         delay = prefill - steps * step
         writing = self._writing(question, length, worker, running, delay, slower)
         terms = {"waited": question.now - question.arrival, "queue": max(queue, step / 2) + writing.wait, "prefill": prefill,
@@ -175,9 +181,10 @@ class CostRouter:
             transfer += max(0.0, prompt.sending * bytes_per_token / link.bytes_per_second - queue - prompt.prefill)
         handover = asking + self.message_seconds
         terms = {"waited": question.now - question.arrival, "queue": queue, "prefill": prompt.prefill, "transfer": transfer,
-                 "handover": handover, "decode": writing.decode, "others": writing.others}
-        return self._score(question, length, self._route(prompt.worker_id, writing.worker_id), terms, writing.decode,
-                           transfer + handover, writing.misses)
+                 "handover": handover, "decode": writing.decode, "interference": writing.decode * writing.slower,
+                 "others": prompt.others + writing.others}
+        return self._score(question, length, self._route(prompt.worker_id, writing.worker_id), terms,
+                           writing.decode * (1 + writing.slower), transfer + handover, prompt.misses + writing.misses)
 
     def _score(self, question: Question, length: Length, route: Route, terms: dict[str, float], each: float, once: float,
                misses: float) -> Score:
@@ -200,9 +207,17 @@ class CostRouter:
     # -------------------------------------------------------------------------------- what the scores are made of
 
     def _prompt(self, question: Question, length: Length, worker: WorkerView) -> Prompt:
-        """On a worker that does nothing else."""
-        queue, prefill, _ = self._computing(question, worker, 0, 0, 0, self.chunk_tokens)
-        return Prompt(worker.worker_id, worker.device, queue, prefill, worker.sending_tokens)
+        """Of a request whose answer is written elsewhere. It holds up those that are written here."""
+        _, _, decodes, contexts = worker.running
+        if not decodes:
+            queue, prefill, _ = self._computing(question, worker, 0, 0, 0, self.chunk_tokens)
+            return Prompt(worker.worker_id, worker.device, queue, prefill, worker.sending_tokens, 0.0, 0.0)
+        step = self.cost.decode.seconds(decodes, contexts)
+        queue, prefill, steps = self._computing(question, worker, 0, decodes, contexts, max(self.chunk_tokens - decodes, 1))
+        delay = prefill - steps * step
+        now = step * (1 + self._slower(worker))
+        return Prompt(worker.worker_id, worker.device, max(queue, step / 2), prefill, worker.sending_tokens, decodes * delay,
+                      self._more_misses(decodes, now, now + delay / length.steps))
 
     def _computing(self, question: Question, worker: WorkerView, written: int, decodes: int, contexts: int,
                    room: int) -> tuple[float, float, int]:
@@ -240,25 +255,30 @@ class CostRouter:
         wait = 0.0
         if batch and (lacking > 0 or waiting > 0):  # each that is there stays for its length, and leaves its seat and its context
             wait = min(max(lacking / max(contexts, 1), waiting / batch), 1.0) * length.mean * before
-        misses = 0.0
-        if self.slo is not None and batch:
-            now = before * (1 + slower)
-            then = after * (1 + slower) + delay / steps
-            spread, bound = self.tpot_spread, self.slo.tpot
-            misses = batch * (spread.chance_above(bound, then) - spread.chance_above(bound, now))
-        return Writing(worker.worker_id, worker.device, wait, before, steps * after, batch * steps * (after - before), misses, sent)
+        misses = self._more_misses(batch, before * (1 + slower), after * (1 + slower) + delay / steps)
+        return Writing(worker.worker_id, worker.device, wait, before, steps * after, slower, batch * steps * (after - before),
+                       misses, sent)
 
-    def _share_of_prompts(self, worker: WorkerView, decodes: int, contexts: int, room: int) -> float:
-        """Of the time in which a worker decodes, the share that the prompts which it was given lately have taken."""
+    def _more_misses(self, answers: int, now: float, then: float) -> float:
+        """How many more of these answers are expected to miss the TPOT when their tokens take longer."""
+        if self.slo is None or not answers:
+            return 0.0
+        chance_above, bound = self.tpot_spread.chance_above, self.slo.tpot
+        return answers * (chance_above(bound, then) - chance_above(bound, now))
+
+    def _slower(self, worker: WorkerView) -> float:
+        """By which share decode steps take longer because of prompts to come, if those come as they came lately."""
         prompts, tokens = worker.prompts_per_second
         if prompts < LEAST_RATE:
             return 0.0
+        _, _, decodes, contexts = worker.running
         decodes = max(decodes, 1)
         new = tokens / prompts
-        steps = max(1.0, new / room)
+        steps = max(1.0, new / max(self.chunk_tokens - decodes, 1))
         longer = steps * (self.cost.seconds(new / steps, attended_pairs(new) / steps, decodes, contexts)
                           - self.cost.decode.seconds(decodes, contexts))
-        return min(max(prompts * longer, 0.0), BUSIEST)
+        share = min(max(prompts * longer, 0.0), BUSIEST)  # of the time
+        return share / (1 - share)
 
     def _link(self, source: str | None, destination: str | None) -> TransferCost:
         link = self._links[source, destination] = self.cost.transfer(source or "", destination or "")

@@ -154,8 +154,9 @@ class Desk:
         state = self.fleet.workers.get(worker_id) if isinstance(worker_id, str) else None
         if state is None:
             what = f"there is no worker {worker_id!r}"
-        elif state.role != role:
-            what = f"{worker_id} has role {state.role}, and role {role} is needed there"
+        elif state.role not in (role, "C"):
+            needed = " or ".join(dict.fromkeys((role, "C")))
+            what = f"{worker_id} has role {state.role}, and role {needed} is needed there"
         elif not self.fleet.has_room(state, self.num_answers):
             what = f"{worker_id} is not open now"
         else:

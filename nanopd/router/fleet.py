@@ -52,6 +52,10 @@ class WorkerState:
         """Whether it gets new work of a role."""
         return self.role == role and self.next_role is None
 
+    def can(self, role: str) -> bool:
+        """Whether a router may give it that part of a request: a collocated worker can do either part for another one too."""
+        return self.role in (role, "C") and self.next_role is None
+
 
 class Fleet:
     """Talks to the workers that live, and keeps account of them.
@@ -93,8 +97,8 @@ class Fleet:
 
     def choose(self, role: str, num_answers: int = 1, wanted: str | None = None) -> str | None:
         """The least loaded worker of a role among those that may have room; None if there is none. The one that is wanted, if
-        it takes new work of this role."""
-        if wanted in self.workers and self.workers[wanted].takes(role):
+        it can do that."""
+        if wanted in self.workers and self.workers[wanted].can(role):
             return wanted
         chosen, least = None, self._room[role] - num_answers + 1
         for worker_id, worker in self.workers.items():  # of which there may be a thousand

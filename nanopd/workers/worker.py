@@ -119,20 +119,24 @@ class Worker:
 
     def _reserve(self, message: Reserve) -> None:
         request = message.request
-        lease = self.manager.grant_lease(request.prompt_token_ids) if self._has_seats(request) else None
+        lease = self.manager.grant_lease(request.prompt_token_ids) if self._has_room(request) else None
         if lease is None:
             self.outbox.append(Refused(request.request_id))
             return
         self._leases[lease.lease_id] = (lease, request)
+        self._promise_seats()
         destination = Destination(self.worker_id, lease.lease_id, list(lease.block_ids), lease.num_cached)
         self.outbox.append(Granted(request.request_id, destination))
 
-    def _has_seats(self, request: Request) -> bool:
-        """Those that were preempted go first, and a lease granted must find room in the batch."""
+    def _has_room(self, request: Request) -> bool:
+        """Those that wait here go first, and a lease granted must find room in the batch."""
         scheduler = self.engine.scheduler
-        leased = sum(other.num_answers for lease, other in self._leases.values() if "request" in lease.holders)
-        seats = scheduler.num_seats_taken + leased + request.num_answers
-        return not scheduler.waiting and seats <= scheduler.config.max_num_seqs
+        return (not scheduler.lacks_blocks
+                and scheduler.num_seats_wanted + request.num_answers <= scheduler.config.max_num_seqs)
+
+    def _promise_seats(self) -> None:
+        self.engine.scheduler.num_seats_promised = sum(
+            request.num_answers for lease, request in self._leases.values() if "request" in lease.holders)
 
     def _prefill(self, message: Prefill) -> None:
         request_id, destination = message.request.request_id, message.destination
@@ -147,6 +151,7 @@ class Worker:
 
     def _resume(self, message: Resume) -> None:
         lease, request = self._leases.pop(message.lease_id)
+        self._promise_seats()
         if message.checksum is not None and message.checksum != self._checksum(request, lease.block_ids, lease.num_cached):
             self.manager.release_lease(lease, "request")
             self.manager.release_lease(lease, "writer")
@@ -160,6 +165,7 @@ class Worker:
         self.manager.release_lease(lease, message.holder)
         if not lease.holders:
             del self._leases[message.lease_id]
+        self._promise_seats()
 
     def _cancel(self, message: Cancel) -> None:
         self._emit(self.engine.cancel(message.request_id, message.index))
