@@ -1,4 +1,4 @@
-"""How many workers of each role suit a load, and who changes roles when the load drifts. No torch.
+"""How many workers of each role suit a load. No torch.
 
 An estimate by queueing formulas, quick enough to be asked while requests flow. Prompts wait for P workers, or for C workers,
 as in a queue with several servers (Sakasegawa's and Kingman's approximations). Answers fill decode batches: by Little's law a
@@ -14,17 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist, fmean
-from typing import TYPE_CHECKING
 
-from nanopd.config import ConfigError
+from nanopd.config import SLO, ConfigError
 from nanopd.cost_model.analytical import CostModel, StepWork, chunks
-
-if TYPE_CHECKING:
-    from nanopd.config import SLO
 
 ATTAINMENT = 0.9  # share of the requests that are to meet the SLO
 PRECISION = 0.005  # of a capacity, relative
 ROUNDS = 30  # of a fixed point at most
+LENDING = (0.25, 0.5, 0.75)  # shares of their time that collocated workers may compute prompts for others; else they decode
+LENT = 0.95  # of what a worker could do that keeps to one part, where it does both
 _NORMAL = NormalDist()
 
 
@@ -86,7 +84,7 @@ class Queue:
     """Several servers, Poisson arrivals, and a sample of service times in seconds."""
 
     services: Sequence[float]
-    servers: int
+    servers: float  # a part of one gives that part of its time
 
     def attainment(self, rate: float, limit: float) -> float:
         """Share of the arrivals, `rate` a second, that are served within `limit` seconds, their wait included."""
@@ -114,15 +112,19 @@ class Planner:
         self.ttft = slo.ttft if slo and slo.ttft else math.inf
         self.tpot = slo.tpot if slo and slo.tpot else math.inf
 
-    def rank(self, num_workers: int, mix: Mix) -> list[tuple[Split, float]]:
+    def rank(self, num_workers: int, mix: Mix, least: Split = Split()) -> list[tuple[Split, float]]:
         """All splits with the requests a second that each serves so that 90% meet the SLO, the best first.
+
+        Args:
+            least: so many workers keep to P and D.
 
         Raises ConfigError where there is no worker.
         """
         if num_workers < 1:
             raise ConfigError(f"there must be at least 1 worker, got {num_workers}")
         load = _Load(self, mix)
-        ranked = [(split, load.capacity(split)) for split in Split.all_of(num_workers)]
+        ranked = [(split, load.capacity(split)) for split in Split.all_of(num_workers)
+                  if split.P >= least.P and split.D >= least.D]
         return sorted(ranked, key=lambda each: (-each[1], -each[0].C))
 
     def capacity(self, split: Split, mix: Mix) -> float:
@@ -147,12 +149,14 @@ class _Load:
         return sum(count * self.cost.step_seconds(StepWork(tokens, pairs)) for count, tokens, pairs in chunks(prompt, 0, budget))
 
     def capacity(self, split: Split) -> float:
-        total = 0.0
-        if split.C:
-            total += self._most(lambda rate: self._collocated(rate, split.C))
+        """Collocated workers by themselves, or lent to the others: whichever serves more."""
+        alone = self._most(lambda rate: self._collocated(rate, split.C)) if split.C else 0.0
         if split.P and split.D:
-            total += self._most(lambda rate: self._disaggregated(rate, split.P, split.D))
-        return total
+            alone += self._most(lambda rate: self._disaggregated(rate, split.P, split.D))
+        lent = [self._most(lambda rate: self._disaggregated(rate, split.P + LENT * part * split.C,
+                                                            split.D + LENT * (1 - part) * split.C))
+                for part in LENDING if split.C and split.P + split.D]
+        return max([alone, *lent])
 
     @staticmethod
     def _most(attainment: Callable[[float], float]) -> float:
@@ -164,7 +168,7 @@ class _Load:
 
     # -------------------------------------------------------------------------------------- disaggregated
 
-    def _disaggregated(self, rate: float, prefillers: int, decoders: int) -> float:
+    def _disaggregated(self, rate: float, prefillers: float, decoders: float) -> float:
         in_time = Queue(self.prefills, prefillers).attainment(rate, self.ttft)
         if in_time < ATTAINMENT:
             return in_time
