@@ -420,11 +420,13 @@ for (load, length, output), seconds in served.items():
 
 # %% [markdown] lang="en"
 # A factor of 1 would be perfect. The fitted model is not, either, least of all on a machine that has other things to do:
-# a profile is as good as the hour in which it was made. `nanopd profile` measures a machine in one go and writes the rows and the
+# we kept the quickest of several steps, which is what a quiet machine does, and a request of many steps meets the average. Then
+# all factors are below 1. A profile is as good as the hour in which it was made. `nanopd profile` measures a machine in one go and writes the rows and the
 # fit to a file; `profile_cluster` does the same to a running cluster. Give it some seconds:
 
-# %% [markdown] lang="zh" en_hash="f43d32da"
-# 比值为 1 才算完美。拟合模型也做不到，机器忙着别的事时更是如此：一份 Profile 有多准，要看测它的那一个小时。`nanopd profile` 一次测完一台机器，
+# %% [markdown] lang="zh" en_hash="84d0fd53"
+# 比值为 1 才算完美。拟合模型也做不到，机器忙着别的事时更是如此：我们留下的是几步里最快的一步，那是机器清闲时的样子，
+# 而一个请求要走很多步，碰上的是平均水平，这时各个比值都小于 1。一份 Profile 有多准，要看测它的那一个小时。`nanopd profile` 一次测完一台机器，
 # 把测量数据和拟合结果写进文件；`profile_cluster` 对正在运行的集群做同样的事。给它几秒钟：
 
 # %%
