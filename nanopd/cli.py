@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import nanopd
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nanopd.cost_model.profile import Profile
     from nanopd.llm import LLM
 
 app = typer.Typer(
@@ -24,6 +28,9 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option(help="'tiny' (embedded), a local directory, or a Hugging Face name.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32 on a CPU, the checkpoint's on "
+                                                "a GPU.")]
+MaxModelLen = Annotated[int | None, typer.Option(min=2, help="Longest prompt and answer together, in tokens.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -93,9 +100,8 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Draw the same answers again.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32 on a CPU, the "
-                                                   "checkpoint's on a GPU.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(min=2, help="Longest prompt and answer together, in tokens.")] = None,
+    dtype: Dtype = None,
+    max_model_len: MaxModelLen = None,
 ) -> None:
     """Answer prompts. One is printed as it is written; several are answered together, one after the other."""
     with _plain_errors():
@@ -108,6 +114,71 @@ def generate(
             _print_stream(llm, texts[0], params)
         else:
             _print_answers(llm, texts, params, chat)
+
+
+@app.command()
+def profile(
+    model: Model = "tiny",
+    topology: Annotated[str | None, typer.Option(
+        help="Workers as ROLE:DEVICE, C (collocated), P (prefill) and D (decode); links are measured from P's devices to "
+             "D's. Default: 'C:0 P:0 D:1', or one of each on the only device.")] = None,
+    executor: Annotated[str | None, typer.Option(
+        help="inline: one process; process: one for each GPU, or each worker on the CPU. Default: inline where there "
+             "is one device.")] = None,
+    transport: Annotated[str, typer.Option(help="Between processes: auto, peer, relay or collective.")] = "auto",
+    dtype: Dtype = None,
+    load_format: Annotated[str, typer.Option(help="auto: the checkpoint's weights; dummy: random ones.")] = "auto",
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Most sequences in a step.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a step.")] = 512,
+    seconds: Annotated[float | None, typer.Option(min=1, help="Time to take, about. Default: 50 on a GPU, 25 on a CPU.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("profile.json"),
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Measure what steps and transfers take here, and fit the cost model that adaptive mode and the simulator go by."""
+    from rich.console import Console
+
+    with _plain_errors():
+        if out.exists() and not force:
+            raise ValueError(f"{out} is there already: name another file with --out, or write over it with --force")
+        from nanopd.config import Topology
+        from nanopd.cost_model.table import table
+        from nanopd.demo import one_thread
+
+        workers = Topology.parse(topology or _every_role())
+        console = Console()
+        with one_thread(model == "tiny" and workers.devices == ["cpu"]):
+            measured = _measure(console, seconds, model=model, topology=str(workers), executor=executor, transport=transport,
+                                mode="collocated" if any(each.role == "C" for each in workers.placements) else "disaggregated",
+                                dtype=dtype, load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+                                max_num_batched_tokens=max_num_batched_tokens)
+        measured.save(out)
+        console.print(table(measured))
+        for note in measured.notes:
+            console.print(note, style="bright_black", highlight=False)
+        console.print(f"Written to {out}. Errors are of rows left out of the fit; times in seconds.", highlight=False)
+
+
+def _every_role() -> str:
+    """A topology in which all there is to measure can be measured, if possible a link between two GPUs."""
+    import torch
+
+    if torch.cuda.device_count() > 1:
+        return "C:0 P:0 D:1"
+    return "C:{0} P:{0} D:{0}".format("0" if torch.cuda.is_available() else "cpu")
+
+
+def _measure(console: Console, seconds: float | None, **options: Any) -> Profile:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from nanopd.cluster import Cluster
+    from nanopd.cost_model.profiler import profile_cluster
+
+    columns = TextColumn("{task.description}", style="bright_black"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"loading {options['model']} for {options['topology']}", total=1.0)
+        with Cluster(**options) as cluster:
+            return profile_cluster(cluster, lambda text, share: progress.update(task, description=text, completed=share), seconds)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},

@@ -126,7 +126,7 @@ def run(model: str = "tiny", max_tokens: int = LONGEST_ANSWER, device: str | Non
     where = "P:{0} D:{0}".format(pick_device(device)) if topology is None else topology
     workers = Topology.parse(where)
     tasks = demo_prompts()
-    with _one_thread(model == "tiny" and workers.devices == ["cpu"]):
+    with one_thread(model == "tiny" and workers.devices == ["cpu"]):
         collocated, disaggregated = (_serve(pipeline, model, tasks, max_tokens, executor, progress)
                                      for pipeline in pipelines(workers))
     rows = [Row(*parts) for parts in zip(tasks, collocated, disaggregated)]
@@ -135,7 +135,7 @@ def run(model: str = "tiny", max_tokens: int = LONGEST_ANSWER, device: str | Non
 
 
 @contextmanager
-def _one_thread(wanted: bool) -> Iterator[None]:
+def one_thread(wanted: bool) -> Iterator[None]:
     """The embedded model's matrices are too small to share out: threads would only wait for one another."""
     if not wanted:
         yield

@@ -97,6 +97,72 @@ def test_demo_with_a_model_that_is_not_there():
     assert "Traceback" not in result.output
 
 
+# ------------------------------------------------------------------------------------------------- profile
+
+
+def test_profile_measures_shows_and_writes(tmp_path):
+    out = tmp_path / "new" / "mine.json"
+    result = run("profile", "--topology", "C:cpu P:cpu D:cpu", "--seconds", 1, "--max-model-len", 256, "--max-num-seqs", 8,
+                 "--max-num-batched-tokens", 64, "--out", out)
+    assert result.exit_code == 0, result.output
+    for word in ("prefill", "decode", "mixed", "transfer", "sharpness", "95% interval", "mine.json"):
+        assert word in result.output
+    from nanopd.cost_model.profile import Profile
+
+    profile = Profile.load(out)
+    assert (profile.model, profile.dtype) == ("tiny", "float32") and profile.measurements.transfer
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_profile_never_writes_over_a_file_unless_told_to(tmp_path, monkeypatch):
+    from cost_model.models import MODEL
+
+    from nanopd import cli
+    from nanopd.cost_model.measurements import Measurements
+    from nanopd.cost_model.profile import Profile
+
+    asked = {}
+
+    def measure(console, seconds, **options):
+        asked.update(options, seconds=seconds)
+        return Profile("here", options["model"], "bfloat16", "2026-01-31", {}, (), Measurements(), MODEL, ())
+
+    monkeypatch.setattr(cli, "_measure", measure)
+    out = tmp_path / "profile.json"
+    out.write_text("mine")
+    result = run("profile", "--out", out)
+    assert result.exit_code == 2 and "--force" in result.output and out.read_text() == "mine" and not asked
+    result = run("profile", "--out", out, "--force", "--model", "qwen3-8b", "--topology", "P:0 D:1", "--dtype", "bfloat16",
+                 "--load-format", "dummy", "--max-model-len", 8192, "--max-num-seqs", 128, "--max-num-batched-tokens", 2048,
+                 "--executor", "process", "--transport", "relay", "--seconds", 40)
+    assert result.exit_code == 0, result.output
+    assert asked == dict(model="qwen3-8b", topology="P:0 D:1", mode="disaggregated", dtype="bfloat16", load_format="dummy",
+                         max_model_len=8192, max_num_seqs=128, max_num_batched_tokens=2048, executor="process",
+                         transport="relay", seconds=40)
+    assert Profile.load(out).model == "qwen3-8b"
+
+
+@pytest.mark.parametrize("args, says", [
+    (("--topology", "X:cpu"), "unknown role 'X'"), (("--topology", "P:cpu"), "needs workers of role"),
+    (("--model", "no-such-model", "--topology", "C:cpu"), "no-such-model"), (("--load-format", "zip"), "zip"),
+])
+def test_profile_says_what_is_wrong(tmp_path, args, says):
+    result = run("profile", "--out", tmp_path / "x.json", *args)
+    assert result.exit_code == 2 and says in result.output and "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("gpus, topology", [(0, "C:cpu P:cpu D:cpu"), (1, "C:0 P:0 D:0"), (8, "C:0 P:0 D:1")])
+def test_profile_s_own_topology_has_every_role(monkeypatch, gpus, topology):
+    import torch
+
+    from nanopd import cli
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    assert cli._every_role() == topology
+
+
 # ------------------------------------------------------------------------------------------------ generate
 
 

@@ -116,10 +116,10 @@ def test_one_thread_is_only_borrowed():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with demo._one_thread(True):
+        with demo.one_thread(True):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
-        with demo._one_thread(False):
+        with demo.one_thread(False):
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -71,25 +71,31 @@ def time_sends(transport: Transport, cache: KVCache, destination_blocks: list[in
                clock: Callable[[], float] = time.monotonic) -> list[tuple[int, float]]:
     """How long sends of several sizes take, one at a time: (bytes, seconds), the first of each size for warming up.
 
-    One layer of a block, then whole blocks, one and four times as many each time, up to as many as there are. What is
-    in this worker's blocks is of no account.
+    One layer of a block, then whole blocks, one and four times as many each time, up to as many as there are, in pieces
+    of as many layers as `Transfer` sends of so many tokens. What is in this worker's blocks is of no account.
 
     Raises TransferError where something can't be sent.
     """
     most = min(len(destination_blocks), cache.num_blocks)
     counts = [4**i for i in range(most.bit_length()) if 4**i < most] + [most]
-    one_layer = (range(1), 1, cache.bytes_per_block // cache.num_layers)
-    sizes = [one_layer, *((range(cache.num_layers), count, count * cache.bytes_per_block) for count in counts)]
     sends = []
-    for layers, count, num_bytes in sizes:
+    for num_layers, count in [(1, 1), *((cache.num_layers, count) for count in counts)]:
+        num_bytes = count * cache.bytes_per_block * num_layers // cache.num_layers
         begin, times = clock(), 0
         while times < 2 or (times < TIMES and clock() - begin < TIMED_FOR):
             start = clock()
-            transport.send(layers, _spread(count, cache.num_blocks), destination_blocks[:count]).wait()
+            for layers in _pieces(num_layers, count * cache.block_size):
+                ticket = transport.send(layers, _spread(count, cache.num_blocks), destination_blocks[:count])
+            ticket.wait()
             cache.synchronize()  # on one device a copy counts as arrived when it is queued
             sends.append((num_bytes, clock() - start))
             times += 1
     return sends
+
+
+def _pieces(num_layers: int, num_tokens: int) -> list[range]:
+    size = -(-SEND_TOKENS // num_tokens)
+    return [range(first, min(first + size, num_layers)) for first in range(0, num_layers, size)]
 
 
 def _spread(count: int, num_blocks: int) -> list[int]:
