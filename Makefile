@@ -19,7 +19,7 @@ CHROMIUMS := chromium chromium-browser google-chrome google-chrome-stable
 .PHONY: help demo test test-gpu lab notebooks check-notebooks lint chromium-note clean distclean
 
 help:
-	@echo "make demo       install nanoPD into $(VENV) and run the embedded model through both pipelines"
+	@echo "make demo       install nanoPD into $(VENV) and run the embedded model in all three modes"
 	@echo "make lab        open the workbook in JupyterLab (BOOK=en or BOOK=zh)"
 	@echo "make test       ruff, the notebook builder's check, and the test suite"
 	@echo "make test-gpu   the GPU tests, the sanitizer and all chapters, on a machine with a CUDA device"

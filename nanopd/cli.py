@@ -66,13 +66,13 @@ def demo(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 320,
     device: Device = None,
     topology: Annotated[str | None, typer.Option(
-        help="Workers as ROLE:DEVICE, P (prefill) and D (decode), also C (collocated): 'P:0 D:1'. Default: P and D on "
+        help="Workers as ROLE:DEVICE, P (prefill) and D (decode), also C (collocated): 'P:0 D:1'. Default: all on "
              "one device.")] = None,
     executor: Annotated[str | None, typer.Option(
         help="inline: one process; process: one for each GPU, or each worker on the CPU. Default: inline where there "
              "is one device.")] = None,
 ) -> None:
-    """Run the same prompts through both pipelines and compare them. Fails where they differ."""
+    """Run the same prompts in all three modes and compare them. Fails where they differ."""
     from rich.console import Console
 
     from nanopd.demo import run, show

@@ -1,4 +1,4 @@
-"""`nanopd demo`: the same prompts through the collocated and the disaggregated pipeline, side by side."""
+"""`nanopd demo`: the same prompts through the collocated and the disaggregated pipeline, and through both, side by side."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanopd.config import ConfigError, Placement, Topology
+from nanopd.config import MODES, ConfigError, Placement, Topology
 from nanopd.core import FinishReason, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 WARM_UP = "What is 1+1?"
 VERDICT_COLOURS = {"right": "green", "wrong": "red", "cut off": "yellow"}
-SHARED_DEVICE = (" The disaggregated pipeline's workers share one device here, so the times show where a request waits, "
-                 "not which pipeline is faster.")
+SHARED_DEVICE = (" All workers share one device here, so the times show where a request waits, not which pipeline is faster.")
+ROUTER = "round-robin"  # for one that reckons would have to measure first, and that takes longer than the demo
 LONGEST_ANSWER = 320  # tokens; room for the embedded model's longest story
 
 
@@ -46,15 +46,16 @@ class Served:
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt, and what both pipelines made of it."""
+    """One prompt, and what came of it in each mode."""
 
     task: Task
     collocated: Served
     disaggregated: Served
+    adaptive: Served
 
     @property
     def verdict(self) -> str:
-        """Whether the collocated answer is right. The other pipeline's is the same, or is reported as a difference."""
+        """Whether the collocated answer is right. The others are the same, or are reported as a difference."""
         from nanopd.tiny.tasks import is_right
 
         if is_right(self.task, self.collocated.text):
@@ -63,16 +64,20 @@ class Row:
 
     @property
     def difference(self) -> str | None:
-        """What makes the two answers differ, or None where they agree token by token."""
-        both = (self.collocated, self.disaggregated)
-        for name, served in zip(("collocated", "disaggregated"), both):
-            if served.error:
-                return f"{name} failed: {served.error}"
-        ours, theirs = (served.token_ids for served in both)
-        if ours == theirs:
+        """What makes one of the answers differ from the collocated one, or None where all agree token by token."""
+        for mode in MODES:
+            if getattr(self, mode).error:
+                return f"{mode} failed: {getattr(self, mode).error}"
+        other = next((mode for mode in MODES if self.differs(mode)), None)
+        if other is None:
             return None
+        ours, theirs = self.collocated.token_ids, getattr(self, other).token_ids
         first = next((i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
-        return f"from token {first + 1} on ({len(ours)} and {len(theirs)} tokens)"
+        return f"{other} from token {first + 1} on ({len(ours)} and {len(theirs)} tokens)"
+
+    def differs(self, mode: str) -> bool:
+        """Whether a mode's answer has other tokens than the collocated one."""
+        return getattr(self, mode).token_ids != self.collocated.token_ids
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Result:
     device: str  # or several, as they are shown
     rows: list[Row]
     seconds: float
-    shares_device: bool = True  # all workers of the disaggregated pipeline are on one
+    shares_device: bool = True  # all workers are on one
 
     @property
     def differing(self) -> list[Row]:
@@ -92,15 +97,17 @@ class Result:
         return 1 if self.differing else 0
 
 
-def pipelines(topology: Topology) -> tuple[Pipeline, Pipeline]:
-    """The topology's disaggregated pipeline, and a collocated one: its own, or a worker on each of its devices.
+def pipelines(topology: Topology) -> tuple[Pipeline, ...]:
+    """A collocated pipeline, the topology's own or a worker on each of its devices; its disaggregated one; and both together.
 
     Raises ConfigError where there is no disaggregated one.
     """
     topology.check_mode("disaggregated")
     collocated = [placement for placement in topology.placements if placement.role == "C"]
     collocated = collocated or [Placement("C", device) for device in topology.devices]
-    return Pipeline("collocated", str(Topology(tuple(collocated)))), Pipeline("disaggregated", str(topology))
+    others = [placement for placement in topology.placements if placement.role != "C"]
+    return (Pipeline("collocated", str(Topology(tuple(collocated)))), Pipeline("disaggregated", str(topology)),
+            Pipeline("adaptive", str(Topology((*collocated, *others)))))
 
 
 def pick_device(device: str | None = None) -> str:
@@ -114,9 +121,9 @@ def pick_device(device: str | None = None) -> str:
 
 def run(model: str = "tiny", max_tokens: int = LONGEST_ANSWER, device: str | None = None, topology: str | None = None,
         executor: str | None = None, progress: Callable[[str], object] = lambda text: None) -> Result:
-    """Serve the demo prompts both ways. `progress` is told what is under way.
+    """Serve the demo prompts in every mode. `progress` is told what is under way.
 
-    `topology`: such as "P:0 D:1"; default: both workers on `device`. `executor`: as `Cluster` takes it.
+    `topology`: such as "P:0 D:1"; default: all workers on `device`. `executor`: as `Cluster` takes it.
     """
     from nanopd.tiny import demo_prompts
 
@@ -126,16 +133,15 @@ def run(model: str = "tiny", max_tokens: int = LONGEST_ANSWER, device: str | Non
     where = "P:{0} D:{0}".format(pick_device(device)) if topology is None else topology
     workers = Topology.parse(where)
     tasks = demo_prompts()
-    with one_thread(model == "tiny" and workers.devices == ["cpu"]):
-        collocated, disaggregated = (_serve(pipeline, model, tasks, max_tokens, executor, progress)
-                                     for pipeline in pipelines(workers))
-    rows = [Row(*parts) for parts in zip(tasks, collocated, disaggregated)]
+    with _one_thread(model == "tiny" and workers.devices == ["cpu"]):
+        served = [_serve(pipeline, model, tasks, max_tokens, executor, progress) for pipeline in pipelines(workers)]
+    rows = [Row(*parts) for parts in zip(tasks, *served)]
     seconds = time.perf_counter() - start
     return Result(model, _device_names(workers.devices), rows, seconds, shares_device=len(workers.devices) == 1)
 
 
 @contextmanager
-def one_thread(wanted: bool) -> Iterator[None]:
+def _one_thread(wanted: bool) -> Iterator[None]:
     """The embedded model's matrices are too small to share out: threads would only wait for one another."""
     if not wanted:
         yield
@@ -157,7 +163,8 @@ def _serve(pipeline: Pipeline, model: str, tasks: Sequence[Task], max_tokens: in
     progress(f"{pipeline.mode}: loading {model} for {pipeline.topology}")
     # In float32 the pipelines' different batches leave the embedded model's greedy choices as they are.
     dtype = "float32" if model == "tiny" else None
-    with Cluster(model, topology=pipeline.topology, mode=pipeline.mode, executor=executor, dtype=dtype) as cluster:
+    router = ROUTER if pipeline.mode == "adaptive" else None
+    with Cluster(model, topology=pipeline.topology, mode=pipeline.mode, executor=executor, router=router, dtype=dtype) as cluster:
         # What happens once, at first use, should not count as the first prompt's TTFT.
         warm_ups = [WARM_UP] * len(cluster.topology.placements)  # one for each worker, and more
         cluster.generate(warm_ups, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
@@ -185,10 +192,10 @@ def _device_names(devices: list[str]) -> str:
 
 
 def show(result: Result, console: Console) -> None:
-    """Print the table, whether the pipelines agree, and where to go from here."""
+    """Print the table, whether the modes agree, and where to go from here."""
     console.print(_table(result.rows, console.width))
     console.print("TTFT is the time to the first token, TPOT the time per token after it. All prompts were sent at once and "
-                  "share every step." + SHARED_DEVICE * result.shares_device, style="bright_black", highlight=False)
+                  "share every step. In adaptive mode the two pipelines take turns here." + SHARED_DEVICE * result.shares_device, style="bright_black", highlight=False)
     console.print()
     console.print(_verdict(result), highlight=False)
     right = sum(row.verdict == "right" for row in result.rows)
@@ -199,12 +206,12 @@ def show(result: Result, console: Console) -> None:
 
 
 def _table(rows: Sequence[Row], width: int) -> RenderableType:
-    """Two lines a prompt, one for each pipeline; the second repeats the answer only where it differs."""
+    """A line a prompt for each mode; the later ones repeat the answer only where it differs."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, title="The same prompts through both pipelines", title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, title="The same prompts in three modes", title_justify="left", title_style="bold")
     for heading in ("prompt", "answer", "right?", "path", "TTFT ms", "TPOT ms"):
         table.add_column(heading, justify="right" if heading.endswith("ms") else "left", no_wrap=True)
     room = max(12, (width - 49) // 2)  # what the other columns leave for prompt and answer
@@ -212,8 +219,10 @@ def _table(rows: Sequence[Row], width: int) -> RenderableType:
         mark = Text(row.verdict, VERDICT_COLOURS[row.verdict])
         prompt, answer = (Text(shorten(text, room)) for text in (row.task.prompt, row.collocated.text))
         table.add_row(prompt, answer, mark, *_measured(row.collocated))
-        other = Text(shorten(row.disaggregated.text, room), "red") if row.difference else Text("the same", "bright_black")
-        table.add_row("", other, "", *_measured(row.disaggregated))
+        for mode in ("disaggregated", "adaptive"):
+            served = getattr(row, mode)
+            other = Text(shorten(served.text, room), "red") if row.differs(mode) else Text("the same", "bright_black")
+            table.add_row("", other, "", *_measured(served))
     return table
 
 
@@ -242,8 +251,8 @@ def _verdict(result: Result) -> RenderableType:
     from rich.text import Text
 
     if not result.differing:
-        return Text(f"Both pipelines agree token by token on all {len(result.rows)} prompts.", "bold green")
-    lines = [f"The pipelines differ on {len(result.differing)} of {len(result.rows)} prompts:"]
+        return Text(f"All three modes agree token by token on all {len(result.rows)} prompts.", "bold green")
+    lines = [f"The modes differ on {len(result.differing)} of {len(result.rows)} prompts:"]
     lines += [f"  {shorten(row.task.prompt, 60)}: {row.difference}" for row in result.differing]
     return Text("\n".join(lines), "bold red")
 

@@ -75,7 +75,8 @@ def test_demo_s_exit_code_says_whether_the_pipelines_agree(monkeypatch, theirs, 
     def fake_run(model, max_tokens, device, topology, executor, progress):
         asked.update(model=model, max_tokens=max_tokens, device=device, topology=topology, executor=executor)
         progress("collocated: loading")
-        row = demo.Row(demo_task(), demo.Served("82", (1, 2), "C0", 0.1, 0.1), demo.Served("82", theirs, "P0 -> D0", 0.1, 0.1))
+        ours, others = demo.Served("82", (1, 2), "C0", 0.1, 0.1), demo.Served("82", theirs, "P0 -> D0", 0.1, 0.1)
+        row = demo.Row(demo_task(), ours, others, ours)
         return demo.Result(model, "the CPU", [row], 1.0)
 
     monkeypatch.setattr(demo, "run", fake_run)

@@ -35,8 +35,7 @@ class Row(Protocol):
     num_cached: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepWork:
+class StepWork(NamedTuple):
     """What a step holds, summed over its rows. Add up to put more into a step."""
 
     prompt_tokens: int = 0  # new ones, of rows with more than one
@@ -44,7 +43,7 @@ class StepWork:
     decodes: int = 0  # rows of one token
     context_tokens: int = 0  # in all of them together, the new token included
 
-    def __add__(self, other: StepWork) -> StepWork:
+    def __add__(self, other: StepWork) -> StepWork:  # type: ignore[override]  # a tuple's would append
         return StepWork(self.prompt_tokens + other.prompt_tokens, self.pairs + other.pairs,
                         self.decodes + other.decodes, self.context_tokens + other.context_tokens)
 
@@ -146,8 +145,8 @@ class TransferCost(Parameters):
         Either the link keeps up, and the last piece alone is left, or it is busy from the first piece on.
         """
         moving = num_bytes / self.bytes_per_second
-        behind = moving - computing_seconds * (1 - 1 / pieces)
-        return self.latency_seconds + max(moving / pieces, behind)
+        last, behind = moving / pieces, moving - computing_seconds * (1 - 1 / pieces)
+        return self.latency_seconds + (last if last > behind else behind)
 
 
 # ------------------------------------------------------------------------------------------------- the model

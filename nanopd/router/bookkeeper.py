@@ -27,9 +27,12 @@ class Bookkeeper:
             entry.hashes = hash_prompt(entry.request.prompt_token_ids, self.block_size) if self.fleet.prefix_blocks else []
         return entry.hashes
 
-    def cached_tokens(self, worker_id: str, hashes: list[int]) -> int:
-        """How many of a prompt's first tokens a worker has probably kept."""
-        return self.fleet.workers[worker_id].book.prefixes.match(hashes) * self.block_size if hashes else 0
+    def cached_tokens(self, worker_id: str, hashes: list[int], prompt_len: int) -> int:
+        """How many of a prompt's first tokens a worker has probably kept. Never the last: that is run again."""
+        if not hashes:
+            return 0
+        num_blocks = self.fleet.workers[worker_id].book.prefixes.match(hashes)
+        return min(num_blocks, (prompt_len - 1) // self.block_size) * self.block_size
 
     # --------------------------------------------------------------------------------------- a request's way
 
@@ -89,10 +92,9 @@ class Bookkeeper:
     # ------------------------------------------------------------------------------------------------- parts
 
     def _queue(self, entry: Entry, worker_id: str, num_written: int = 0) -> None:
-        book, hashes = self.fleet.workers[worker_id].book, self.hashes(entry)
-        num_tokens = len(entry.request.prompt_token_ids) + num_written
-        cached = min(self.cached_tokens(worker_id, hashes), num_tokens - 1)
-        book.queue(entry.job, num_tokens - cached, cached, self.clock())
+        book, hashes, prompt_len = self.fleet.workers[worker_id].book, self.hashes(entry), len(entry.request.prompt_token_ids)
+        cached = self.cached_tokens(worker_id, hashes, prompt_len)
+        book.queue(entry.job, prompt_len + num_written - cached, cached, self.clock())
         book.prefixes.add(hashes)
 
     def _write(self, entry: Entry) -> None:

@@ -13,42 +13,48 @@ from heapq import nsmallest
 from typing import NamedTuple
 
 from nanopd.config import SLO, ConfigError
-from nanopd.cost_model.analytical import CostModel, TransferCost, attended_pairs
+from nanopd.cost_model.analytical import CostModel, StepWork, TransferCost, attended_pairs
 from nanopd.router.length_predictor import LengthPredictor
 from nanopd.router.routing import Decision, Ended, Question, Route, Score, WorkerView
 
 SHORTLIST = 4  # workers of a role that are scored, where there are more
+SMALL = 0.02  # share of the time for an answer's tokens, below which its length does not matter for what comes on top
+LEAST_RATE = 1e-3  # prompts a second, below which there are none
 BUSIEST = 0.9  # share of its time that a worker can give to prompts while it decodes
+ROOT_2 = math.sqrt(2)
 FEW = 64  # a forecast of length is good until 1/64 more answers have ended
 TIE_BREAK = 0.01  # missed SLOs that a second's worth of each bound counts as
 
 
 class Length(NamedTuple):
-    """Forecast of an answer's length in tokens, and a low, middle and high third of it."""
+    """Forecast of an answer's length in tokens, how many steps are left for it after the prompt's last one (taken to be at least
+    1), and a low, middle and high third of its lengths."""
 
     mean: float
+    steps: float
     thirds: tuple[float, float, float]
 
 
 class Prompt(NamedTuple):
     """What computing the prompt on one worker means. Seconds."""
 
-    worker: WorkerView
+    worker_id: str
+    device: str | None
     queue: float
     prefill: float
-    delay: float  # for each answer that is being written there
-    sending: int  # tokens whose KV has yet to leave
+    sending: int  # tokens of other prompts whose KV has yet to leave
 
 
 class Writing(NamedTuple):
     """What decoding on one worker means. Seconds."""
 
-    worker: WorkerView
+    worker_id: str
+    device: str | None
     wait: float  # for room
     step: float  # of those that are there
     decode: float  # all of this answer's steps
-    delay: float  # for each answer there
-    batch: int  # answers there
+    others: float  # what those that are there have to wait for them
+    misses: float  # how many more of those will miss the SLO
     sent: int  # tokens of the prompt that are not there
 
 
@@ -70,10 +76,8 @@ class Spread:
             self.deviation = max(math.sqrt(self._squares / self._weight), 0.02)
 
     def chance_above(self, bound: float, expected: float) -> float:
-        """Probability that the time is longer than `bound`."""
-        if bound <= 0 or expected <= 0:
-            return float(expected > bound)
-        return math.erfc(math.log(bound / expected) / (self.deviation * math.sqrt(2))) / 2
+        """Probability that the time is longer than `bound`. Both above 0."""
+        return math.erfc(math.log(bound / expected) / (self.deviation * ROOT_2)) / 2
 
 
 class CostRouter:
@@ -107,6 +111,7 @@ class CostRouter:
         self.ttft_spread, self.tpot_spread = Spread(spread), Spread(spread)
         self._num_ended = 0
         self._lengths: dict[tuple[int, int], tuple[int, Length]] = {}  # and how many answers it was made from
+        self._routes: dict[tuple[str, str], Route] = {}
         self._links: dict[tuple[str | None, str | None], TransferCost] = {}
 
     # ------------------------------------------------------------------------------------------- the choice
@@ -117,16 +122,15 @@ class CostRouter:
         for worker in workers:
             if worker.is_open:
                 places[worker.role].append(worker)
-        token = self.cost.prefill.token_seconds
-        there = [self._both(question, worker, length) for worker in _shortlist(places["C"], lambda worker: (
-            (worker.queued.prompt_tokens - worker.cached_tokens) * token
-            + worker.seats * length.mean * self.cost.decode.sequence_seconds))]
-        prompts = [self._prompt(question, worker, length) for worker in _shortlist(
-            places["P"], lambda worker: worker.queued.prompt_tokens - worker.cached_tokens)] if places["D"] else []
-        writings = [self._writing(question, worker, length) for worker in _shortlist(
-            places["D"], lambda worker: worker.seats)] if prompts else []
-        scores = [self._collocated(question, length, prompt, writing) for prompt, writing in there]
-        scores += [self._disaggregated(question, length, prompt, writing) for prompt in prompts for writing in writings]
+        token, sequence = self.cost.prefill.token_seconds, length.mean * self.cost.decode.sequence_seconds
+        scores = [self._collocated(question, length, worker) for worker in _shortlist(places["C"], lambda worker: (
+            (worker.queued.prompt_tokens - worker.cached_tokens) * token + worker.seats * sequence))]
+        if places["P"] and places["D"]:
+            prompts = [self._prompt(question, length, worker) for worker in _shortlist(
+                places["P"], lambda worker: worker.queued.prompt_tokens - worker.cached_tokens)]
+            writings = [self._writing(question, length, worker, worker.running) for worker in _shortlist(
+                places["D"], lambda worker: worker.seats)]
+            scores += [self._disaggregated(question, length, prompt, writing) for prompt in prompts for writing in writings]
         if not scores:
             return None
         scores.sort(key=_objective)
@@ -142,141 +146,142 @@ class CostRouter:
             if answer.tpot is not None:
                 self.tpot_spread.learn(answer.tpot, score.tpot)
 
-    # ---------------------------------------------------------------------------------------- the two halves
-
-    def _prompt(self, question: Question, worker: WorkerView, length: Length, num_written: int = 0) -> Prompt:
-        queued, running, cost = worker.queued, worker.running, self.cost
-        decodes, contexts = running.decodes, running.context_tokens
-        step = cost.decode.seconds(decodes, contexts) if decodes else 0.0
-        room = max(self.chunk_tokens - decodes, 1)
-        queue = step / 2  # the one that runs
-        if queued.prompt_tokens:
-            steps = -(-queued.prompt_tokens // room)
-            whole = steps * cost.seconds(queued.prompt_tokens / steps, queued.pairs / steps, decodes, contexts)
-            queue = max(0.0, whole - (question.now - worker.queued_since))
-        tokens = question.prompt_len + num_written
-        cached = min(worker.cached_tokens, tokens - 1) if self.reads_prefixes else 0
-        new = tokens - cached
-        steps = -(-new // room)
-        prefill = steps * cost.seconds(new / steps, attended_pairs(new, cached) / steps, decodes, contexts)
-        return Prompt(worker, queue + self._wait_for_room(question, worker, length, new), prefill,
-                      prefill - steps * step, worker.sending_tokens)
-
-    def _writing(self, question: Question, worker: WorkerView, length: Length) -> Writing:
-        running, num_answers = worker.running, question.num_answers
-        batch = max(worker.seats, running.decodes)
-        # Those that have yet to begin have prompts like this one, as far as one can say.
-        contexts = running.context_tokens + (batch - running.decodes) * question.prompt_len
-        more = num_answers * (question.prompt_len + (question.written + length.mean) / 2)
-        before = self.cost.decode.seconds(batch, contexts) if batch else 0.0
-        after = self.cost.decode.seconds(batch + num_answers, contexts + more)
-        steps = max(0.0, length.mean - question.written - 1)
-        sent = question.prompt_len - (min(worker.cached_tokens, question.prompt_len) if self.reads_prefixes else 0)
-        return Writing(worker, self._wait_for_room(question, worker, length, sent), before, steps * after,
-                       steps * (after - before), batch, sent)
-
-    def _both(self, question: Question, worker: WorkerView, length: Length) -> tuple[Prompt, Writing]:
-        return self._prompt(question, worker, length, question.written), self._writing(question, worker, length)
-
-    def _wait_for_room(self, question: Question, worker: WorkerView, length: Length, tokens: int) -> float:
-        """Until enough answers have ended: each stays for its length, and leaves its seat and its context."""
-        decodes = worker.running.decodes
-        if not decodes:
-            return 0.0
-        contexts = worker.running.context_tokens
-        share = max((tokens - worker.free_tokens) / contexts, (question.num_answers - worker.free_seats) / decodes)
-        return min(share, 1.0) * length.mean * self.cost.decode.seconds(decodes, contexts) if share > 0 else 0.0
-
     # ------------------------------------------------------------------------------------------- the scores
 
-    def _collocated(self, question: Question, length: Length, prompt: Prompt, writing: Writing) -> Score:
-        interference = self._interference(prompt.worker, writing)
-        terms = {"waited": question.now - question.arrival, "queue": prompt.queue, "prefill": prompt.prefill,
-                 "decode": writing.decode, "interference": interference,
-                 "others": prompt.worker.running.decodes * prompt.delay + writing.batch * writing.delay}
-        after_first = writing.decode + interference
-        slower = interference / writing.decode if writing.decode else 0.0
-        return self._score(question, length, Route.collocated(prompt.worker.worker_id), terms, after_first, 0.0, writing,
-                           prompt.delay, slower)
+    def _collocated(self, question: Question, length: Length, worker: WorkerView) -> Score:
+        """Prompts that come later hold the answer up as they have held up others lately, and its own prompt holds up those."""
+        running = worker.running
+        _, _, decodes, contexts = running
+        step = self.cost.decode.seconds(decodes, contexts) if decodes else 0.0
+        room = max(self.chunk_tokens - decodes, 1)
+        queue, prefill, steps = self._computing(question, worker, question.written, decodes, contexts, room)
+        share = self._share_of_prompts(worker, decodes, contexts, room)
+        slower = share / (1 - share)
+        delay = prefill - steps * step
+        writing = self._writing(question, length, worker, running, delay, slower)
+        terms = {"waited": question.now - question.arrival, "queue": max(queue, step / 2) + writing.wait, "prefill": prefill,
+                 "decode": writing.decode, "interference": writing.decode * slower, "others": decodes * delay + writing.others}
+        return self._score(question, length, self._route(worker.worker_id, worker.worker_id), terms,
+                           writing.decode * (1 + slower), 0.0, writing.misses)
 
     def _disaggregated(self, question: Question, length: Length, prompt: Prompt, writing: Writing) -> Score:
         asking = writing.step / 2  # a worker reads its mail between two steps
-        queue = max(prompt.queue, writing.wait + asking)
-        transfer = self._transfer(prompt, writing, queue)
+        room = writing.wait + asking
+        queue = prompt.queue if prompt.queue > room else room
+        link = self._links.get((prompt.device, writing.device)) or self._link(prompt.device, writing.device)
+        bytes_per_token = self.cost.shape.kv_bytes_per_token
+        transfer = link.exposed_seconds(writing.sent * bytes_per_token, prompt.prefill, self.cost.shape.num_layers)
+        if prompt.sending:  # what is on its way before this prompt's
+            transfer += max(0.0, prompt.sending * bytes_per_token / link.bytes_per_second - queue - prompt.prefill)
         handover = asking + self.message_seconds
         terms = {"waited": question.now - question.arrival, "queue": queue, "prefill": prompt.prefill, "transfer": transfer,
-                 "handover": handover, "decode": writing.decode, "others": writing.batch * writing.delay}
-        once = transfer + handover
-        return self._score(question, length, Route(prompt.worker.worker_id, writing.worker.worker_id), terms,
-                           writing.decode, once, writing, 0.0, 0.0)
+                 "handover": handover, "decode": writing.decode, "others": writing.others}
+        return self._score(question, length, self._route(prompt.worker_id, writing.worker_id), terms, writing.decode,
+                           transfer + handover, writing.misses)
 
     def _score(self, question: Question, length: Length, route: Route, terms: dict[str, float], each: float, once: float,
-               writing: Writing, delay: float, slower: float) -> Score:
-        """`each`: seconds after the first token that grow with the answer; `once`: those that do not. `delay` and `slower`: of
-        those that write there, once by this prompt and, as a share, by other prompts."""
+               misses: float) -> Score:
+        """`each`: seconds after the first token that grow with the answer; `once`: those that do not."""
         ttft = terms["waited"] + terms["queue"] + terms["prefill"]
-        steps = max(1.0, length.mean - question.written - 1)
-        tpot = (each + once) / steps
         e2e = ttft + each + once
+        steps = length.steps
         objective = e2e + self.others * terms["others"]
         if self.slo is not None:
-            objective = (self._chance_to_miss(length, question, ttft, each / steps, once)
-                         + self.others * self._misses_of_others(length, writing, delay, slower)
+            objective = (self._chance_to_miss(question, length, ttft, each / steps, once) + self.others * misses
                          + TIE_BREAK * objective / (self.slo.ttft + length.mean * self.slo.tpot))
-        return Score(route, terms, ttft, tpot, e2e, objective)
+        return Score(route, terms, ttft, (each + once) / steps, e2e, objective)
 
-    def _interference(self, worker: WorkerView, writing: Writing) -> float:
-        """What prompts that are still to come will add to the decode steps: the share of the time that they have taken lately."""
+    def _route(self, prefill: str, decode: str) -> Route:
+        route = self._routes.get((prefill, decode))
+        if route is None:
+            route = self._routes[prefill, decode] = Route(prefill, decode)
+        return route
+
+    # -------------------------------------------------------------------------------- what the scores are made of
+
+    def _prompt(self, question: Question, length: Length, worker: WorkerView) -> Prompt:
+        """On a worker that does nothing else."""
+        queue, prefill, _ = self._computing(question, worker, 0, 0, 0, self.chunk_tokens)
+        return Prompt(worker.worker_id, worker.device, queue, prefill, worker.sending_tokens)
+
+    def _computing(self, question: Question, worker: WorkerView, written: int, decodes: int, contexts: int,
+                   room: int) -> tuple[float, float, int]:
+        """Seconds until the prompts before this one are computed, seconds that it takes itself, and in how many steps. `room`: for
+        prompts, in a step."""
+        queued_tokens, queued_pairs, _, _ = worker.queued
+        seconds = self.cost.seconds if decodes else self._prefill_seconds
+        queue = 0.0
+        if queued_tokens:
+            steps = -(-queued_tokens // room)
+            queue = steps * seconds(queued_tokens / steps, queued_pairs / steps, decodes, contexts)
+            queue = max(0.0, queue - (question.now - worker.queued_since))
+        tokens = question.prompt_len + written
+        cached = worker.cached_tokens if self.reads_prefixes else 0
+        new = tokens - cached
+        steps = -(-new // room)
+        return queue, steps * seconds(new / steps, attended_pairs(new, cached) / steps, decodes, contexts), steps
+
+    def _prefill_seconds(self, prompt_tokens: float, pairs: float, decodes: int, contexts: int) -> float:
+        """A step of prompts alone: the same, sooner known."""
+        return self.cost.prefill.seconds(prompt_tokens, pairs)
+
+    def _writing(self, question: Question, length: Length, worker: WorkerView, running: StepWork, delay: float = 0.0,
+                 slower: float = 0.0) -> Writing:
+        """`delay`: of all that write there, by the prompt; `slower`: by prompts to come, as a share."""
+        _, _, decodes, contexts = running
+        num_answers, prompt_len, batch = question.num_answers, question.prompt_len, worker.seats
+        sent = prompt_len - (worker.cached_tokens if self.reads_prefixes else 0)
+        contexts += (batch - decodes) * prompt_len  # those that have yet to begin have prompts like this one, for all one knows
+        before = self.cost.decode.seconds(batch, contexts) if batch else 0.0
+        after = self.cost.decode.seconds(batch + num_answers,
+                                         contexts + num_answers * (prompt_len + (question.written + length.mean) / 2))
+        steps = length.steps
+        lacking, waiting = sent - worker.free_tokens, num_answers - worker.free_seats
+        wait = 0.0
+        if batch and (lacking > 0 or waiting > 0):  # each that is there stays for its length, and leaves its seat and its context
+            wait = min(max(lacking / max(contexts, 1), waiting / batch), 1.0) * length.mean * before
+        misses = 0.0
+        if self.slo is not None and batch:
+            now = before * (1 + slower)
+            then = after * (1 + slower) + delay / steps
+            spread, bound = self.tpot_spread, self.slo.tpot
+            misses = batch * (spread.chance_above(bound, then) - spread.chance_above(bound, now))
+        return Writing(worker.worker_id, worker.device, wait, before, steps * after, batch * steps * (after - before), misses, sent)
+
+    def _share_of_prompts(self, worker: WorkerView, decodes: int, contexts: int, room: int) -> float:
+        """Of the time in which a worker decodes, the share that the prompts which it was given lately have taken."""
         prompts, tokens = worker.prompts_per_second
-        if prompts * writing.decode < 1e-9:
+        if prompts < LEAST_RATE:
             return 0.0
-        running = worker.running
+        decodes = max(decodes, 1)
         new = tokens / prompts
-        steps = max(1.0, new / self.chunk_tokens)
-        batch = max(running.decodes, 1)
-        longer = steps * (self.cost.seconds(new / steps, attended_pairs(new) / steps, batch, running.context_tokens)
-                          - self.cost.decode.seconds(batch, running.context_tokens))
-        share = min(max(prompts * longer, 0.0), BUSIEST)
-        return writing.decode * share / (1 - share)
+        steps = max(1.0, new / room)
+        longer = steps * (self.cost.seconds(new / steps, attended_pairs(new) / steps, decodes, contexts)
+                          - self.cost.decode.seconds(decodes, contexts))
+        return min(max(prompts * longer, 0.0), BUSIEST)
 
-    def _transfer(self, prompt: Prompt, writing: Writing, queue: float) -> float:
-        ends = prompt.worker.device, writing.worker.device
-        link = self._links.get(ends)
-        if link is None:
-            link = self._links[ends] = self.cost.transfer(ends[0] or "", ends[1] or "")
-        bytes_per_token, layers = self.cost.shape.kv_bytes_per_token, self.cost.shape.num_layers
-        before = prompt.sending * bytes_per_token / link.bytes_per_second - queue - prompt.prefill
-        return link.exposed_seconds(writing.sent * bytes_per_token, prompt.prefill, layers) + max(0.0, before)
+    def _link(self, source: str | None, destination: str | None) -> TransferCost:
+        link = self._links[source, destination] = self.cost.transfer(source or "", destination or "")
+        return link
 
-    # ---------------------------------------------------------------------------------------------- the SLO
-
-    def _chance_to_miss(self, length: Length, question: Question, ttft: float, per_token: float, once: float) -> float:
-        """Over how long the answer may be: what is paid once weighs more on a short one."""
+    def _chance_to_miss(self, question: Question, length: Length, ttft: float, per_token: float, once: float) -> float:
+        """What is paid once weighs more on a short answer."""
         in_time = 1 - self.ttft_spread.chance_above(self.slo.ttft, ttft)
-        if in_time < 1e-6:
-            return 1.0
-        if per_token + once <= 0:
+        if per_token <= 0 or in_time < 1e-6:
             return 1 - in_time
-        chances = [self.tpot_spread.chance_above(self.slo.tpot, per_token + once / max(1.0, tokens - question.written - 1))
-                   for tokens in (length.thirds if once > 0 else (length.mean,))]
-        return 1 - in_time * (1 - sum(chances) / len(chances))
-
-    def _misses_of_others(self, length: Length, writing: Writing, delay: float, slower: float) -> float:
-        """By how many more of those that write there will miss the TPOT."""
-        if not writing.batch:
-            return 0.0
-        steps = max(1.0, length.mean - 1)
-        before = writing.step * (1 + slower)
-        after = before + (writing.delay / steps) * (1 + slower) + delay / steps
-        spread, bound = self.tpot_spread, self.slo.tpot
-        return writing.batch * (spread.chance_above(bound, after) - spread.chance_above(bound, before))
+        chance_above, bound = self.tpot_spread.chance_above, self.slo.tpot
+        done = question.written + 1
+        if once < SMALL * per_token * max(1.0, length.thirds[0] - done):
+            return 1 - in_time * (1 - chance_above(bound, per_token + once / max(1.0, length.mean - done)))
+        chance = sum(chance_above(bound, per_token + once / max(1.0, tokens - done)) for tokens in length.thirds) / 3
+        return 1 - in_time * (1 - chance)
 
     # -------------------------------------------------------------------------------------------- the length
 
     def _length(self, question: Question) -> Length:
         if question.min_tokens >= question.max_tokens:
             tokens = float(question.max_tokens)
-            return Length(tokens, (tokens, tokens, tokens))
+            return _length(question, tokens, (tokens, tokens, tokens))
         if question.written:
             return self._forecast(question)
         key = question.prompt_len.bit_length(), question.max_tokens
@@ -288,10 +293,15 @@ class CostRouter:
 
     def _forecast(self, question: Question) -> Length:
         if question.written >= question.max_tokens:
-            return Length(float(question.max_tokens), (float(question.max_tokens),) * 3)
+            return _length(question, question.max_tokens, (question.max_tokens,) * 3)
         forecast = self.predictor.predict(question.prompt_len, question.max_tokens, question.written)
         least = question.min_tokens
-        return Length(max(forecast.mean(), least), tuple(max(forecast.quantile(p), least) for p in (1 / 6, 1 / 2, 5 / 6)))
+        return _length(question, max(forecast.mean(), least),
+                       tuple(max(forecast.quantile(p), least) for p in (1 / 6, 1 / 2, 5 / 6)))
+
+
+def _length(question: Question, mean: float, thirds: tuple[float, float, float]) -> Length:
+    return Length(mean, max(1.0, mean - question.written - 1), thirds)
 
 
 def _shortlist(workers: list[WorkerView], key: Callable[[WorkerView], float]) -> Iterable[WorkerView]:

@@ -64,7 +64,7 @@ class View:
 
     @property
     def cached_tokens(self) -> int:
-        return self._desk.books.cached_tokens(self.worker_id, self._desk.hashes)
+        return self._desk.books.cached_tokens(self.worker_id, self._desk.hashes, self._desk.prompt_len)
 
     @property
     def prompts_per_second(self) -> tuple[float, float]:
@@ -92,6 +92,7 @@ class Desk:
                        for worker_id, state in fleet.workers.items()}
         # of the question that is being asked:
         self.num_answers = 1
+        self.prompt_len = 1
         self.hashes: list[int] = []
 
     def ask(self, entry: Entry) -> Route | None:
@@ -99,7 +100,8 @@ class Desk:
 
         Raises RouterError where the router fails, or names workers that can't take it.
         """
-        self.num_answers, self.hashes = len(entry.answers), self.books.hashes(entry)
+        self.num_answers, self.prompt_len = len(entry.answers), len(entry.request.prompt_token_ids)
+        self.hashes = self.books.hashes(entry)
         if not self._has_room():
             return None
         question = _question(entry, self.clock())

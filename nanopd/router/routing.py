@@ -34,8 +34,7 @@ class Route:
         return self.prefill if self.prefill == self.decode else f"{self.prefill} -> {self.decode}"
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """A request that is to be sent on its way, now. Lengths in tokens, times in seconds by the central scheduler's clock."""
 
     request_id: str

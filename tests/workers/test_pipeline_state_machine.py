@@ -11,6 +11,7 @@ import re
 from collections import Counter
 
 import pytest
+from cost_model.models import MODEL
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -21,7 +22,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from scheduler.fakes import VOCAB, Breakdown
-from cost_model.models import MODEL
 from workers.fake_cluster import REASON, ErraticRouter, FakeCluster
 
 from nanopd.config import ConfigError
@@ -253,7 +253,8 @@ class LosingMachine(PipelineMachine):
 
 EVERY_MOVE = {"n=1", "n=2", "n=3", "beams", "cancel while queued", "cancel while prefill", "cancel while decode", "cancel one",
               "raise", "interrupt", "row error", "refused for now", "through P and D", "preempted on D", "in the other mode",
-              "retried and ended well", "gave up ", "routed", "explained", "the rout", "transfer late", "transfer broken", "transfer corrupted"}
+              "retried and ended well", "gave up ", "routed", "explained", "the rout",
+              "transfer late", "transfer broken", "transfer corrupted"}
 EVERY_LOSS = {"lost C", "lost P", "lost D", "retried and ended well",
               "timed ou", "role switch", "role switch refused", "has another role",
               "through P and D", "cancel while decode", "routed", "explained"}
