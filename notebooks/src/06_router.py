@@ -10,7 +10,7 @@
 #
 # It takes about an hour, and all of it runs on a CPU. The code is in `nanopd/router/`. What is simulated says so.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="cf27b6d0"
 # # 06 路由器
 #
 # 第 05 章留给你两条路：整个请求都在一个 Worker 上做；或者在这边读、在那边写。哪条更好，要看提示多长、谁在哪儿排队，还要看一个请求到来时谁也不知道的数：
@@ -42,7 +42,7 @@ from nanopd.workbook import routing
 # On paper, in powers of two: 128 = 2^7, 16 = 2^4, 64 = 2^6. The new centre is the weighted mean of the exponents. **How many
 # tokens do we believe in now?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="41f4dbc5"
 # ## 6.1 回答会有多长？
 #
 # 回答的长度很不对称：短的多，偶尔有几个特别长。但取了**对数**，就很接近一条钟形曲线，所以我们学的是对数。还没有任何回答结束时，我们相信是
@@ -71,7 +71,7 @@ guess.reveal(tokens=math.exp(after.mean))
 # **Exercise 6.1.** Write the update, for any number of lengths at once. The new sum of squares has three parts: what the
 # prior brings (`dof * variance`), how far the logarithms lie from their own mean, and how far the two means lie apart.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="f4e5dd7f"
 # (0.5 · 7 + 4 + 6) / 2.5 = 5.4，而 2^5.4 是 42。两个回答压过了半个。离散程度也是这么记账的：`dof` 表示方差是从几个回答里知道的。
 # 更新之后的后验，形状和先验一样，又可以当作下一次的先验——这就是**共轭**的意思，所以一次更新只要几次加法，不用积分。
 #
@@ -101,7 +101,7 @@ nanopd.check("06.1", posterior)
 #
 # **After these, somebody comes who allows 1,000 tokens. What does the windowed mean expect? And the posterior?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="241d302b"
 # ## 6.2 被截断的回答
 #
 # 早先那个系统把自己的预测器叫作“贝叶斯”，其实是最近一百个长度的平均值。平均值有什么不好？下面有 600 个回答，真正的均值在 120 个 token 左右，
@@ -132,7 +132,7 @@ guess.reveal(window.predict(64, 1000).mean(), bayes.predict(64, 1000).mean())
 # answer is learned: by the log probability of what happened (`log_score`, higher is better), and by how often 90% intervals
 # hold 90%. Halfway, the lengths shift to a third.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="f10a74e8"
 # 平均值以为 100 就是长度。后验则把被截断的回答按“超过 100 的长度平均会有多长”来计，结果离真相近得多，尽管它一个超过 100 的长度也没见过。
 # 代价是它得相信那条钟形曲线：从没观察到的地方，只能外推。
 #
@@ -159,7 +159,7 @@ for name, predictor in {"posterior": BayesianLengthPredictor(), "windowed mean":
 # lose. The times come from a cost model (chapter 04), measured now, on this machine. Then two requests, a short and a long one,
 # meet four streaming answers on C0; P0 and D0 are idle. **Of the two, how many does the router send away from C0?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="81dae45c"
 # 常数动不了。滑动平均动得慢，而且它的钟形画在原来的尺度上（不是对数），给根本不可能的长度也分了概率。后验一边慢慢遗忘，一边装着警报：
 # 回答总是落在预测的边角里，它就重新开始。
 #
@@ -204,7 +204,7 @@ print(cluster.explain(asked[1].request_id))
 # length and mode work at once; topology and tokens a step need another cluster, hence another Start. Each point on top is a
 # decision. Try this: mixed prompts and a rate at which the queue just holds, then change the mode.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="ea0fcfce"
 # 一列一列看。星号是走的那条。`objective` 是拿来比较的：端到端时间，加上别人的损失。最后一列是实际发生的，在这里**大于**预测：
 # 模型假定每个 Worker 各有一个设备，而在这个进程里，三个 Worker 轮流用同一个 CPU。路由器对机器的认识有多准，它就有多准。
 #
@@ -225,7 +225,7 @@ live.start()  # or press the button; this runs it for ten seconds
 time.sleep(10)
 live.stop()
 picture = live.driver.picture()
-print(f"{picture.num_finished} requests ended, {picture.num_open} were open")
+print(f"{len(picture.requests)} requests came, {picture.num_finished} of them ended before Stop")
 print("ways taken:", {way: sum(one.mode == way for one in picture.requests) for way in ("collocated", "disaggregated")})
 
 # %% [markdown] lang="en"
@@ -233,7 +233,7 @@ print("ways taken:", {way: sum(one.mode == way for one in picture.requests) for 
 # **regret** in the line is an estimate, measured time less what the other way was forecast to take for an answer of the length
 # that it turned out to have. Nobody measured the road not taken.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="ac25f235"
 # 再放到显微镜下：点一个请求。两根条是预测，两条路各自最好的路线；第三根是实测。那行字里的**遗憾值**是个估计：实测的时间，
 # 减去另一条路按它实际的回答长度预测出来的时间。没走的那条路，谁也没有量过。
 
@@ -253,7 +253,7 @@ microscope
 # **Taking turns between the two ways: by how many percent do requests take longer, on average, than with the reference? And
 # with a threshold of 512 tokens?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="9aa1685c"
 # ## 6.5 写一个路由器
 #
 # 要公平地比，就得让同样的请求一遍遍重来，而且要在有真设备的机器上。所以从这里起是**仿真**：调度器、块池、中央调度器都是引擎自己的，
@@ -281,7 +281,7 @@ guess.reveal(regrets["RoundRobin"], regrets["Threshold"])
 #
 # A naive version first: a draw among all routes that are open. It shows the form, too: a class with a method `choose`.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="522e8091"
 # 固定的规则，前提一垮就跟着垮：一下子来的长文档，唯一的 P 接不完，而一刀切偏偏全塞给它。“总是混部”那行让两块 GPU 闲着，
 # 别把它当成对混部的判决：换成六个 C，它会好得多。
 #
@@ -305,7 +305,7 @@ print(f"{100 * routing.regret(routing.simulate(Lottery(), load)[1], best):+.1f}%
 # prompts it has yet to read), `seats` (answers it writes or will), and more: `nanopd/router/routing.py`. The check asks it
 # directly, runs the real engine with it, and lets it serve the trace: at most 20% regret against the reference.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="443c3393"
 # **练习 6.5** 写 `choose(question, workers)`。每个 Worker 你能看到 `role`、`is_open`、`queued.prompt_tokens`（还没读的提示）、
 # `seats`（正在写和将要写的回答数），还有更多，见 `nanopd/router/routing.py`。检查会直接问它，用它跑真的引擎，再让它处理这份负载：
 # 对参考路由器的遗憾值不超过 20%。
@@ -332,7 +332,7 @@ nanopd.check("06.5", choose)
 # the same. Below, for six requests, what the explanation estimates and what the replay says. **Of six decisions, how many does
 # the replay call wrong for the request itself?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="056481f1"
 # ## 6.6 量得出来的遗憾
 #
 # 仿真里，没走的路是**可以**走的：同一份负载重放一遍，只把一个请求支到另一条路上，其余照旧。下面挑六个请求，看解释里的估计，再看重放的结果。
@@ -365,7 +365,7 @@ guess.reveal(sum(lost > 0 for lost in replayed.values()))
 # its blocks (chapter 01). A router that knows this sends questions where their document lies. **By which factor does the
 # median TTFT fall?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="31d1ec81"
 # 大于 0，说明对这一个请求来说，另一条路更快。但光凭这一点，不能说决策错了：路由器还要掂量别人的损失，而且它不知道接下来会来什么。
 # 再把两列对着看：估计偏得不少，有时连正负号都反了。它只是拿一个预测去比一次实测，并不知道后来的请求也会跟着改道。
 # 所以，把它当作“该往哪儿看”的提示，别当判决。
@@ -405,7 +405,7 @@ guess.reveal(ttft(reads_prefixes=False) / ttft())
 # Many a production router polls its workers' metrics, say, twice a second. Below, the reference itself, seeing the workers as
 # they were up to half a second ago. The numbers are right, only old. **How many percent regret?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="311e80f9"
 # 不看缓存的路由器也能碰巧命中一些，跑得越久命中越多：到头来，每个 Worker 都读过每篇文档。（文档只有一打的话，很快就到这一步，收益也就没了，
 # 不妨试试。）没有共同的开头，同样没有收益。要是人人都问同一篇文档，大家就会挤到同一个 Worker 上——好在排队时间也在同一笔账里。
 #
@@ -444,7 +444,7 @@ for name, (run, result) in {"fresh": (simulation, best), "old": stale}.items():
 #
 # The deep dive is `docs_en/06_router.md`. Next, chapter 07 puts a load on all of it and measures goodput.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="01ded699"
 # 半秒前最好的 Worker，现在是所有人眼里最好的：大家一窝蜂涌过去，再涌向下一个。打分里没有一项是错的，日志里一条一条看，决策都合情合理；
 # 摆在一起才露馅。nanoPD 的账本随每条发出的消息更新，所以这一次的决定，下一次就已经算在里面了。
 #
