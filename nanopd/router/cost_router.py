@@ -136,8 +136,11 @@ class CostRouter:
             writings = [self._writing(question, length, worker, worker.running, slower=self._slower(worker))
                         for worker in _shortlist(able["D"], lambda worker: (
                             worker.seats * sequence + worker.queued.prompt_tokens * token))]
+            # Where TPOTs are promised, one of the two keeps to its part: who writes where any prompt may come is not safe.
+            both = {worker.worker_id for worker in able["C"]}
             scores += [self._disaggregated(question, length, prompt, writing) for prompt in prompts for writing in writings
-                       if prompt.worker_id != writing.worker_id]
+                       if prompt.worker_id != writing.worker_id and (self.slo is None or not {
+                           prompt.worker_id, writing.worker_id} <= both)]
         if not scores:
             return None
         scores.sort(key=_objective)

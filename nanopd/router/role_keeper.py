@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from statistics import fmean
 
 from nanopd.router.planner import Mix, Planner, Split
 from nanopd.router.routing import WorkerView
 
 REMEMBERED = 256  # of the latest arrivals: the load as it is now
-SAMPLED = 64  # of them, evenly, to reckon with
-ENOUGH = 32  # of them, to judge by
-EVERY = 1.0  # seconds between two judgements
-GAIN = 1.05  # times the present split's capacity that another must have
+TOGETHER = 4  # of them, alike, that are reckoned with as one
+ENOUGH = 16  # of them, to judge by
+EVERY = 0.5  # seconds between two judgements
+GAIN = 1.1  # times the present split's capacity that another must have
 BUSY = 0.6  # share of its capacity from which on the present split is in question
 
 
@@ -42,8 +43,9 @@ class RoleKeeper:
         roles = Counter(worker.role for worker in workers)
         fixed = Split(P=roles["P"], D=roles["D"])
         present = Split(**Counter(self._parts.get(worker.worker_id, worker.role) for worker in workers))
-        step = -(-len(self._arrivals) // SAMPLED)
-        mix = Mix(tuple((prompt, answer) for _, prompt, answer in list(self._arrivals)[::step]))
+        alike = sorted((prompt, answer) for _, prompt, answer in self._arrivals)
+        groups = [alike[first : first + TOGETHER] for first in range(0, len(alike), TOGETHER)]
+        mix = Mix(tuple((fmean(prompt for prompt, _ in group), fmean(answer for _, answer in group)) for group in groups))
         capacity = self._planner.capacity(present, mix)
         rate = len(self._arrivals) / max(now - self._arrivals[0][0], 1e-9)
         if rate < BUSY * capacity:
