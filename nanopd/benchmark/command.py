@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -24,6 +25,8 @@ SENT = "wall time until the last byte is there, several sends in a row; scattere
 STEPS = "one cluster holds both pipelines, P:0 D:1 and C:0 C:1; idle: one request at a time, the pipelines in turn"
 OPEN = ("Poisson arrivals, sent whether or not earlier ones are answered; the router knows of each answer its longest length; "
         "simulated: the same arrivals, by the profile measured at the start of the run")
+SIMULATED = ("simulated, not measured: the real schedulers and routers, with times by each hardware's profile or preset; goodput and "
+             "attainment of requests after the warming up; a rate is the highest at which 90% of the requests met the SLO")
 STEADY = "decode: wall time of engine.step() over consecutive steps; idle: outside of the steps' CUDA graphs"
 
 
@@ -108,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     for two in (transfer, cluster, routing):
         two.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
                          help="cpu: the embedded model in processes on the CPU, to see that it works")
+
+    study = command("study", _alone(_study), "Simulated: adaptive mode beside each fixed way to use as many workers. Needs no GPU.")
+    study.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes that work side by side")
+    study.add_argument("--only", metavar="MIX", help="cells of this mix alone")
 
     command("all", _all, "All that need one GPU, what heats it last; about four minutes on an H200.")
     return parser
@@ -225,6 +232,14 @@ def _routing(options: argparse.Namespace) -> Found:
     rows, summary, profile = routing.run(case)
     profile.save(options.out / slug(profile.device) / f"profile-{case.model}.json")
     return Found({}, rows, summary, [OPEN], on_cpu=options.device == "cpu")
+
+
+def _study(options: argparse.Namespace) -> Found:
+    from nanopd.benchmark import study
+
+    cells = [cell for cell in study.CELLS if options.only in (None, cell.mix)]
+    rows, summary = study.run(cells, options.jobs)
+    return Found({}, rows, summary, [SIMULATED], on_cpu=True)
 
 
 def _all(options: argparse.Namespace) -> int:

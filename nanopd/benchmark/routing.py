@@ -9,8 +9,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -19,18 +21,21 @@ from nanopd.benchmark.show import progress
 from nanopd.cluster import Cluster
 from nanopd.config import SLO, CacheConfig, SchedulerConfig
 from nanopd.core import StepRecord
+from nanopd.cost_model.analytical import CostModel
 from nanopd.cost_model.fit import error_quantile, prediction_errors
 from nanopd.cost_model.measurements import Measurements, TransferRow
 from nanopd.cost_model.profile import Profile
 from nanopd.cost_model.profiler import profile_cluster
 from nanopd.cost_model.records import decode_rows, gap_between, mixed_rows, prefill_rows
-from nanopd.metrics import Summary, summarize
+from nanopd.metrics import Outcome, Summary, summarize
 from nanopd.router.planner import Mix, Planner, Split, WorkerSize
 from nanopd.router.policies import make_router
+from nanopd.router.routing import Router
 from nanopd.simulator.cost_runner import ModelCosts
 from nanopd.simulator.simulate import Simulation
 from nanopd.simulator.workload import Arrival, lengths, poisson
 
+WARM_UP = 0.2  # share of the requests
 MODES = ("collocated", "disaggregated", "adaptive")
 
 
@@ -44,7 +49,7 @@ class Case:
     slo: SLO
     prompts: tuple[str, ...]  # kinds of mixes, see `workload.lengths`
     output: str
-    shares: tuple[float, ...]  # loads, as shares of what the better of both pipelines is estimated to serve
+    loads: tuple[str, ...]  # as shares of what the lesser fixed mode is estimated to serve in time
     seconds: float  # of arrivals, for each load
     profile_seconds: float
 
@@ -53,12 +58,12 @@ CASES = {
     "cuda": Case(
         "qwen3-8b", ("0", "1"),
         dict(dtype="bfloat16", max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=8192, num_gpu_blocks_override=24_576),
-        SLO(ttft=0.5, tpot=0.02), prompts=("mixed", "long"), output="128", shares=(0.3, 0.6, 0.9), seconds=10.0,
+        SLO(ttft=0.5, tpot=0.02), prompts=("mixed", "long"), output="128", loads=("0.3", "0.6", "0.9"), seconds=8.0,
         profile_seconds=40.0),
     "cpu": Case(
         "tiny", ("cpu", "cpu"),
         dict(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=512, num_gpu_blocks_override=512),
-        SLO(ttft=1.0, tpot=0.1), prompts=("16-200",), output="8-24", shares=(0.2,), seconds=3.0, profile_seconds=6.0),
+        SLO(ttft=1.0, tpot=0.1), prompts=("16-200",), output="8-24", loads=("0.3",), seconds=3.0, profile_seconds=6.0),
 }
 
 
@@ -69,13 +74,20 @@ def run(case: Case) -> tuple[list[dict[str, Any]], dict[str, Any], Profile]:
     with Cluster(case.model, topology, "adaptive", executor="process", router="collocated", load_format="dummy",
                  enable_prefix_caching=False, **case.options) as cluster:
         profile = profile_cluster(cluster, lambda text, share: progress(f"profile: {text}"), case.profile_seconds)
-        steps: list[list[StepRecord]] = []
-        rows = [row for prompts in case.prompts for row in _served(cluster, case, profile, prompts, steps)]
+        turns, steps = [], []
+        for turn in _turns(case, profile):
+            progress(f"{turn.prompts}, {turn.rate:.1f} requests/s: {turn.mode}")
+            begin = time.monotonic()
+            turns.append((turn, _measure(cluster, case, profile, turn)))
+            steps += [history.steps for history in cluster.history(begin).values() if history.steps]
         errors = _errors(profile, steps, _links(cluster))
+    with ProcessPoolExecutor() as pool:
+        simulated = pool.map(partial(_simulate, case, profile.cost), [turn for turn, _ in turns])
+        rows = [_row(turn, measured, each) for (turn, measured), each in zip(turns, simulated)]
     summary: dict[str, Any] = {
         "prediction": {quantity: {"rows": len(those), "median": error_quantile(those, 0.5), "p95": error_quantile(those, 0.95)}
                        for quantity, those in errors.items() if those},
-        "simulation": {name: max(abs(row[f"{name}_simulated"] / row[f"{name}_ms"] - 1) for row in rows)
+        "simulation": {name: max(abs(row[f"{name}_simulated"] / row[f"{name}_ms"] - 1) for row in rows if row["load"] in case.loads)
                        for name in ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "e2e_p50", "e2e_p99")},
         "adaptive_over_best_fixed": _over_best_fixed(rows)}
     return rows, summary, profile
@@ -84,49 +96,57 @@ def run(case: Case) -> tuple[list[dict[str, Any]], dict[str, Any], Profile]:
 # --------------------------------------------------------------------------------------------------- serving
 
 
-def _served(cluster: Cluster, case: Case, profile: Profile, prompts: str,
-            steps: list[list[StepRecord]]) -> Iterator[dict[str, Any]]:
-    """Each mode under each load. What the workers recorded, each of them in each turn, is added to `steps`."""
-    draw = lengths(prompts, case.output)
-    drawn = random.Random(0)
-    planner = Planner(profile.cost, _size(case), case.slo)
-    mix = Mix(tuple(draw(drawn) for _ in range(64)))
-    pair = Split(P=1, D=len(case.devices) - 1)
-    capacity = max(planner.capacity(Split(C=len(case.devices)), mix), planner.capacity(pair, mix))
-    for number, share in enumerate(case.shares):
-        rate = share * capacity
-        arrivals = poisson(rate, max(8, round(rate * case.seconds)), draw, seed=number)
-        for mode in MODES:
-            progress(f"{prompts}, {rate:.1f} requests/s: {mode}")
-            begin = time.monotonic()
-            measured = _measure(cluster, case, profile, arrivals, mode)
-            steps += [history.steps for history in cluster.history(begin).values() if history.steps]
-            simulated = _simulate(case, profile, arrivals, mode)
-            yield _row(prompts, rate, share, mode, measured, simulated)
+@dataclass(frozen=True)
+class Turn:
+    """One mode under one load."""
+
+    prompts: str
+    load: str
+    rate: float
+    mode: str
+    arrivals: list[Arrival]
+
+    def counted(self, requests: Sequence[Outcome], slo: SLO) -> Summary:
+        """What came of those that came after the warming up, of all in the order of their arrival."""
+        return summarize(requests[round(WARM_UP * len(requests)):], slo)
 
 
-def _measure(cluster: Cluster, case: Case, profile: Profile, arrivals: Sequence[Arrival], mode: str) -> Summary:
-    roles = {worker_id: role for worker_id, role in zip(cluster.status(), "P" + "D" * len(case.devices))}
-    if mode == "adaptive":
-        cluster.router = _router(case, profile)
-    with cluster.cast(roles) if mode == "disaggregated" else nullcontext():
-        return summarize(serve_open_loop(cluster, arrivals, mode), case.slo)
+def _turns(case: Case, profile: Profile) -> Iterator[Turn]:
+    """Loads that either fixed mode can bear, and what the better one just can."""
+    for prompts in case.prompts:
+        draw, drawn = lengths(prompts, case.output), random.Random(0)
+        planner = Planner(profile.cost, _size(case), case.slo)
+        mix = Mix(tuple(draw(drawn) for _ in range(256)))
+        capacities = [planner.capacity(split, mix) for split in (Split(C=len(case.devices)), Split(P=1, D=len(case.devices) - 1))]
+        rates = {load: float(load) * min(capacities) for load in case.loads} | {"full": max(capacities)}
+        for number, (load, rate) in enumerate(rates.items()):
+            arrivals = poisson(rate, max(10, round(rate * case.seconds)), draw, seed=number)
+            yield from (Turn(prompts, load, rate, mode, arrivals) for mode in MODES)
 
 
-def _simulate(case: Case, profile: Profile, arrivals: Sequence[Arrival], mode: str) -> Summary:
+def _measure(cluster: Cluster, case: Case, profile: Profile, turn: Turn) -> Summary:
+    roles = dict(zip(cluster.status(), "P" + "D" * len(case.devices)))
+    if turn.mode == "adaptive":
+        cluster.router = _router(case, profile.cost)
+    with cluster.cast(roles) if turn.mode == "disaggregated" else nullcontext():
+        return turn.counted(serve_open_loop(cluster, turn.arrivals, turn.mode), case.slo)
+
+
+def _simulate(case: Case, cost: CostModel, turn: Turn) -> Summary:
     options, number = case.options, len(case.devices)
-    workers = {"P": 1, "D": number - 1} if mode == "disaggregated" else {"C": number}
-    budget = options["max_num_batched_tokens"]
+    workers = {"P": 1, "D": number - 1} if turn.mode == "disaggregated" else {"C": number}
     simulation = Simulation(
-        workers, mode, profile.cost.shape, ModelCosts(profile.cost), CacheConfig(options["num_gpu_blocks_override"],
-                                                                               enable_prefix_caching=False),
-        SchedulerConfig(options["max_num_seqs"], budget, max_model_len=options["max_model_len"]),
-        router=_router(case, profile) if mode == "adaptive" else None, runs_ahead=case.devices[0] != "cpu")
-    return simulation.run(arrivals).summary(case.slo)
+        workers, turn.mode, cost.shape, ModelCosts(cost),
+        CacheConfig(options["num_gpu_blocks_override"], enable_prefix_caching=False),
+        SchedulerConfig(options["max_num_seqs"], options["max_num_batched_tokens"], max_model_len=options["max_model_len"]),
+        router=_router(case, cost) if turn.mode == "adaptive" else None, runs_ahead=case.devices[0] != "cpu")
+    # As measured: the cluster is told where an answer ends, for the model's own draws would end it anywhere.
+    arrivals = [replace(arrival, max_tokens=arrival.output_len) for arrival in turn.arrivals]
+    return turn.counted(simulation.run(arrivals).requests, case.slo)
 
 
-def _router(case: Case, profile: Profile):
-    return make_router("cost", profile.cost, slo=case.slo, size=_size(case))
+def _router(case: Case, cost: CostModel) -> Router:
+    return make_router("cost", cost, slo=case.slo, size=_size(case))
 
 
 def _size(case: Case) -> WorkerSize:
@@ -134,9 +154,9 @@ def _size(case: Case) -> WorkerSize:
                       16 * case.options["num_gpu_blocks_override"])
 
 
-def _row(prompts: str, rate: float, share: float, mode: str, measured: Summary, simulated: Summary) -> dict[str, Any]:
+def _row(turn: Turn, measured: Summary, simulated: Summary) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "prompts": prompts, "rate": rate, "share": share, "mode": mode, "requests": measured.num_requests,
+        "prompts": turn.prompts, "load": turn.load, "rate": turn.rate, "mode": turn.mode, "requests": measured.num_requests,
         "attainment": measured.attainment, "attainment_simulated": simulated.attainment,
         "goodput": measured.goodput, "goodput_simulated": simulated.goodput,
         "disaggregated": measured.shares.get("disaggregated", 0.0)}
@@ -149,9 +169,9 @@ def _row(prompts: str, rate: float, share: float, mode: str, measured: Summary, 
 
 def _over_best_fixed(rows: Sequence[dict[str, Any]]) -> float:
     """The least, over all loads, of the adaptive goodput over the better fixed one's."""
-    cells = {(row["prompts"], row["rate"]) for row in rows}
-    goodput = {(row["prompts"], row["rate"], row["mode"]): row["goodput"] for row in rows}
-    return min(goodput[*cell, "adaptive"] / max(goodput[*cell, mode] for mode in MODES[:2]) for cell in cells)
+    goodput = {(row["prompts"], row["load"], row["mode"]): row["goodput"] for row in rows}
+    cells = {key[:2] for key in goodput}
+    return min(goodput[(*cell, "adaptive")] / max(goodput[(*cell, mode)] for mode in MODES[:2]) for cell in cells)
 
 
 # -------------------------------------------------------------------------------------------------- held out
