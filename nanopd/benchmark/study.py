@@ -30,8 +30,8 @@ SCHEDULER = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=2048, max_m
 SIZE = WorkerSize.of(SCHEDULER, CACHE.num_blocks, CACHE.block_size)
 MIXES = {"mixed": ("mixed", "128"), "documents": ("4000-8000", "100-300"), "chat": ("200-800", "200-500")}  # prompts, answers
 SLOS = {"tight": 1.6, "loose": 4.0}  # TPOT over what a step of 32 answers takes alone
-WARM_UP, WINDOW = 6.0, 16.0  # seconds
-MOST = 2400  # requests of a simulation
+WARM_UP, WINDOW = 5.0, 10.0  # seconds
+MOST = 1500  # requests of a simulation
 RANGE, HALVINGS = (0.4, 1.4), 6  # of the estimated capacity, in which the highest rate is sought
 LOADS = (0.5, 0.8, 1.0)  # shares of the best rate
 TURN = 15.0  # seconds, after which a mix that shifts is another
@@ -52,36 +52,61 @@ CELLS += [Cell("nvidia-h200/qwen3-8b", 4, "documents, chat", slo) for slo in SLO
 
 def run(cells: Sequence[Cell], jobs: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows, one for each cell, and summary. `jobs`: processes that work side by side."""
-    rows = []
     with ProcessPoolExecutor(jobs) as pool:
-        for cell, row in zip(cells, pool.map(measure, cells)):
-            progress(f"{cell.hardware}, {cell.num_workers} workers, {cell.mix}, {cell.slo}: "
-                     f"adaptive over the best fixed way {row['over_best_fixed']:.3f}")
-            rows.append(row)
-    steady, shifting = ([row for row in rows if ("," in row["mix"]) == shifts] for shifts in (False, True))
-    regrets = [regret for row in steady for regret in row["regrets"]]
-    return rows, {
-        "least_over_best_fixed": min((row["over_best_fixed"] for row in steady), default=None),
-        "least_over_best_fixed_where_the_mix_shifts": min((row["over_best_fixed"] for row in shifting), default=None),
-        "mean_regret": fmean(regrets) if regrets else None, "p95_regret": quantile(regrets, 0.95) if regrets else None}
+        rates: dict[Cell, dict[str, float]] = {cell: {} for cell in cells}
+        asked = [(cell, way) for cell in cells for way in _Bench(cell).ways]
+        for (cell, way), rate in zip(asked, pool.map(_highest_rate, asked)):
+            progress(f"{cell.hardware}, {cell.num_workers} workers, {cell.mix}, {cell.slo}: {way} {rate:.1f} requests/s")
+            rates[cell][way] = rate
+        loads = [(cell, way, load * max(_fixed(rates[cell]).values())) for cell in cells for load in LOADS
+                 for way in ("adaptive", *_best_fixed(rates[cell], 2))]
+        goodputs: dict[tuple[Cell, float], dict[str, float]] = {}
+        for (cell, way, rate), goodput in zip(loads, pool.map(_goodput, loads)):
+            goodputs.setdefault((cell, rate), {})[way] = goodput
+    rows = [_row(cell, rates[cell], [each for (other, _), each in goodputs.items() if other == cell]) for cell in cells]
+    return rows, _summary(rows)
+
+
+def _highest_rate(asked: tuple[Cell, str]) -> float:
+    cell, way = asked
+    return _Bench(cell).highest_rate(way)
+
+
+def _goodput(asked: tuple[Cell, str, float]) -> float:
+    cell, way, rate = asked
+    return _Bench(cell).outcome(way, rate)[1]
+
+
+def _fixed(rates: dict[str, float]) -> dict[str, float]:
+    return {way: rate for way, rate in rates.items() if way != "adaptive"}
+
+
+def _best_fixed(rates: dict[str, float], number: int) -> list[str]:
+    fixed = _fixed(rates)
+    return sorted(fixed, key=fixed.__getitem__, reverse=True)[:number]
+
+
+def _row(cell: Cell, rates: dict[str, float], loads: list[dict[str, float]]) -> dict[str, Any]:
+    """`regrets`: by which share the best of the ways beat adaptive mode at each load, seen afterwards."""
+    best, slo = _best_fixed(rates, 1)[0], _Bench(cell).slo
+    return {"hardware": cell.hardware, "workers": cell.num_workers, "mix": cell.mix, "slo": cell.slo,
+            "slo_ttft_ms": 1e3 * slo.ttft, "slo_tpot_ms": 1e3 * slo.tpot, "best_fixed": best, "rates": rates,
+            "over_best_fixed": rates["adaptive"] / rates[best] if rates[best] else None,
+            "regrets": [1 - goodput["adaptive"] / max(goodput.values()) for goodput in loads]}
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, shifts in (("steady", False), ("shifting", True)):
+        those = [row for row in rows if ("," in row["mix"]) == shifts]
+        regrets = [regret for row in those for regret in row["regrets"]]
+        if those:
+            found[name] = {"cells": len(those), "least_over_best_fixed": min(row["over_best_fixed"] for row in those),
+                           "mean_regret": fmean(regrets), "p95_regret": quantile(regrets, 0.95)}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- one cell
-
-
-def measure(cell: Cell) -> dict[str, Any]:
-    """All ways to use the cell's workers."""
-    bench = _Bench(cell)
-    rates = {way: bench.highest_rate(way) for way in bench.ways}
-    fixed = [way for way in bench.ways if way != "adaptive"]
-    best = max(fixed, key=lambda way: rates[way])
-    regrets = []
-    for load in LOADS:
-        goodput = {way: bench.outcome(way, load * rates[best])[1] for way in (best, "adaptive", bench.second_best(rates))}
-        regrets.append(1 - goodput["adaptive"] / max(goodput.values()))
-    return {"hardware": cell.hardware, "workers": cell.num_workers, "mix": cell.mix, "slo": cell.slo,
-            "slo_ttft_ms": 1e3 * bench.slo.ttft, "slo_tpot_ms": 1e3 * bench.slo.tpot, "best_fixed": best,
-            "rates": rates, "over_best_fixed": rates["adaptive"] / rates[best], "regrets": regrets}
 
 
 class _Bench:
@@ -149,7 +174,3 @@ class _Bench:
             else:
                 high = rate
         return found
-
-    def second_best(self, rates: dict[str, float]) -> str:
-        fixed = sorted((way for way in rates if way != "adaptive"), key=lambda way: -rates[way])
-        return fixed[1] if len(fixed) > 1 else fixed[0]
