@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanopd.cluster import Cluster
-    from nanopd.config import ConfigError, Topology
+    from nanopd.config import SLO, ConfigError, Topology
     from nanopd.core import (
         BeamSearchParams,
         CompletionOutput,
@@ -38,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "SLO",
     "BeamSearchParams",
     "Cluster",
     "CompletionOutput",
@@ -59,7 +60,7 @@ __all__ = [
 
 _HOMES = {
     "nanopd.cluster": ("Cluster",),
-    "nanopd.config": ("ConfigError", "Topology"),
+    "nanopd.config": ("SLO", "ConfigError", "Topology"),
     "nanopd.core": (
         "BeamSearchParams", "CompletionOutput", "FinishReason", "InvalidRequest", "Overloaded", "Request",
         "RequestMetrics", "RequestOutput", "SamplingParams", "TokenEvent",

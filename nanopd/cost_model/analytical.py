@@ -182,10 +182,9 @@ class CostModel:
 
     def step_seconds(self, work: StepWork) -> float:
         """One step. More work never takes less time."""
-        return self.seconds(work.prompt_tokens, work.pairs, work.decodes, work.context_tokens)
+        return self._step_seconds(work.prompt_tokens, work.pairs, work.decodes, work.context_tokens)
 
-    def seconds(self, prompt_tokens: float, pairs: float, decodes: float, context_tokens: float) -> float:
-        """One step, of what `StepWork` holds."""
+    def _step_seconds(self, prompt_tokens: float, pairs: float, decodes: float, context_tokens: float) -> float:
         if not prompt_tokens:
             return self.decode.seconds(decodes, context_tokens) if decodes else 0.0
         seconds = self.prefill.seconds(prompt_tokens + decodes, pairs)
@@ -210,12 +209,12 @@ class CostModel:
         prefill, steps = 0.0, 0
         for count, chunk, pairs in chunks(new_tokens, cached_tokens, chunk_tokens):
             steps += count
-            prefill += count * self.seconds(running.prompt_tokens + chunk, running.pairs + pairs,
-                                            running.decodes, running.context_tokens)
+            prefill += count * self._step_seconds(running.prompt_tokens + chunk, running.pairs + pairs,
+                                                  running.decodes, running.context_tokens)
         # A step's time is linear in the context, so that the mean context gives the mean step.
         context = new_tokens + cached_tokens + (output_tokens + 1) / 2
-        decode = output_tokens * self.seconds(running.prompt_tokens, running.pairs, running.decodes + 1,
-                                              running.context_tokens + context)
+        decode = output_tokens * self._step_seconds(running.prompt_tokens, running.pairs, running.decodes + 1,
+                                                    running.context_tokens + context)
         if not running.decodes:
             return RequestCost(prefill, decode, 0.0, 0.0)
         return RequestCost(prefill, decode, prefill - steps * alone, decode - output_tokens * alone)

@@ -64,7 +64,8 @@ class View:
 
     @property
     def cached_tokens(self) -> int:
-        return self._desk.books.cached_tokens(self.worker_id, self._desk.hashes, self._desk.prompt_len)
+        desk = self._desk
+        return desk.books.cached_tokens(self.worker_id, desk.hashes, desk.prompt_len) if desk.hashes else 0
 
     @property
     def prompts_per_second(self) -> tuple[float, float]:

@@ -70,7 +70,7 @@ class Decision:
     """Where a request goes; where that was reckoned, with the scores of all that it could have been, the best first."""
 
     route: Route
-    scores: tuple[Score, ...] = ()
+    scores: Sequence[Score] = ()
 
 
 class Score(NamedTuple):

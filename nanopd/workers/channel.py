@@ -28,7 +28,6 @@ from nanopd.workers.transfer import Ticket, TransferError
 
 SLOTS = 8
 SLOT_BYTES = 2**24
-LEAST_PIECE = 2**22  # bytes; a smaller one takes longer to hand over than to travel
 ANSWER_TIME = 10.0  # seconds that the other side has for its part of the greeting
 PAUSE = 1e-4  # seconds between two looks at copies on their way
 
@@ -77,12 +76,8 @@ def view_blocks(memory: Tensor, cache: KVCache, layers: range, count: int) -> Te
 
 
 def split(cache: KVCache, layers: range, count: int, slot_bytes: int) -> list[tuple[range, slice]]:
-    """Cut `count` blocks of some layers into pieces (layers, places in the list of blocks) that fit a slot.
-
-    Into as many as there are slots at least, so that little of a short send waits for the first one to get through.
-    """
-    total = len(layers) * count * _bytes_in_layer(cache)
-    fitting = min(slot_bytes, max(total // SLOTS, LEAST_PIECE)) // _bytes_in_layer(cache) or 1
+    """Cut `count` blocks of some layers into pieces (layers, places in the list of blocks) that fit a slot."""
+    fitting = slot_bytes // _bytes_in_layer(cache)
     if count <= fitting:
         together = fitting // count
         return [(layers[i : i + together], slice(0, count)) for i in range(0, len(layers), together)]
@@ -295,13 +290,11 @@ class Receiver(ABC):
                 stored += 1
             if stored > before:
                 connection.send(stored)
-            if not pending or connection.poll():
+            if not pending or connection.poll(PAUSE):
                 arrival = connection.recv()
                 if arrival is GOODBYE:
                     return
                 pending.append(self._store(arrival))
-            else:
-                time.sleep(PAUSE)
 
 
 # ---------------------------------------------------------------------------------------------------- the greeting

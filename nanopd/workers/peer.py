@@ -13,7 +13,7 @@ from nanopd.paged_attention.host import upload
 from nanopd.workers.memory import DeviceMemory, HostMemory, MappedDeviceMemory
 from nanopd.workers.transfer import Arrived, Ticket, TransferError
 
-THREAD_BLOCKS = 96  # of the copy kernel: they fill the link, and matrix products beside them take no longer
+THREAD_BLOCKS = 64  # of the copy kernel, so that a prefill beside it keeps most of the GPU
 BLOCK_LISTS = 64  # that are kept on the device: every layer of a chunk sends the same blocks
 AT_ONCE = 50e-6  # seconds of looking at an event without a pause: a prompt's last layer is there before a sleep would end
 FIRST_PAUSE, LONGEST_PAUSE = 50e-6, 2e-3  # seconds between two looks at an event

@@ -76,7 +76,7 @@ def test_queue_and_prefill_are_told_apart_where_the_first_step_is_known():
 def test_both_alternatives_and_which_was_taken():
     told = disaggregated().central.explain("a")
     assert {str(score.route) for score in told.decision.scores} == {"C0", "P0 -> D0"}
-    assert told.best("collocated").route.decode == "C0" and told.chosen is told.best("disaggregated")
+    assert told.best("collocated").route.decode == "C0" and told.chosen == told.best("disaggregated")
     lines = str(told).splitlines()
     assert lines[0] == "request a: prompt of 3 tokens, answer of up to 16, went P0 -> D0"
     assert lines[1].split() == ["C0", "P0", "->", "D0", "*", "measured"]
