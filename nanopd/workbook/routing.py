@@ -14,7 +14,7 @@ from nanopd.config import CacheConfig, SchedulerConfig
 from nanopd.cost_model.presets import preset
 from nanopd.router.cost_router import CostRouter
 from nanopd.router.length_predictor import BayesianLengthPredictor
-from nanopd.router.routing import Decision, Question, Router, WorkerView
+from nanopd.router.routing import Decision, Ended, Question, Router, WorkerView
 from nanopd.simulator import Arrival, ModelCosts, Result, Simulation
 
 PROFILE = "nvidia-h200/qwen3-8b"
@@ -55,11 +55,22 @@ def regret(result: Result, best: Result) -> float:
     return fmean(one.e2e for one in result.requests) / fmean(one.e2e for one in best.requests) - 1
 
 
-class Detour:
-    """As another router says, but for one request, which goes by the best route of the way that was not chosen."""
+class _Around:
+    """Around the reference, which goes on learning."""
 
-    def __init__(self, router: Router, request_id: str) -> None:
-        self.router, self.request_id = router, request_id
+    def __init__(self, router: CostRouter) -> None:
+        self.router = router
+
+    def ended(self, answer: Ended) -> None:
+        self.router.ended(answer)
+
+
+class Detour(_Around):
+    """As the reference says, but for one request, which goes by the best route of the way that was not chosen."""
+
+    def __init__(self, router: CostRouter, request_id: str) -> None:
+        super().__init__(router)
+        self.request_id = request_id
 
     def choose(self, question: Question, workers: Sequence[WorkerView]) -> Decision | None:
         decision = self.router.choose(question, workers)
@@ -69,11 +80,12 @@ class Detour:
         return Decision(others[0], decision.scores) if others else decision
 
 
-class OldNews:
-    """As another router says that sees the workers as they were up to `seconds` ago. Whether they have room it sees at once."""
+class OldNews(_Around):
+    """As the reference says when it sees the workers as they were up to `seconds` ago. Whether they have room it sees at once."""
 
-    def __init__(self, router: Router, seconds: float) -> None:
-        self.router, self.seconds = router, seconds
+    def __init__(self, router: CostRouter, seconds: float) -> None:
+        super().__init__(router)
+        self.seconds = seconds
         self._seen: dict[str, SimpleNamespace] = {}
         self._when = -seconds
 
@@ -84,6 +96,3 @@ class OldNews:
         for worker in workers:
             self._seen[worker.worker_id].is_open = worker.is_open
         return self.router.choose(question, [self._seen[worker.worker_id] for worker in workers])
-
-
-

@@ -355,9 +355,9 @@ guess.reveal(sum(lost > 0 for lost in replayed.values()))
 
 # %% [markdown] lang="en"
 # Above 0 the other way was quicker for this one request. That alone doesn't make a decision wrong: the router weighs what the
-# others lose as well, and it did not know what was going to arrive. And compare the two columns: the estimate misses by a
-# lot, at times even the sign. It holds one forecast against one measurement, and knows nothing of how those that came later
-# would have gone elsewhere, too. Read it as a hint where to look, not as a verdict.
+# others lose as well, and it did not know what was going to arrive. And compare the two columns: mostly they come
+# near each other, and now and then not even the sign agrees. The estimate holds one forecast against one measurement, and
+# knows nothing of how those that came later would have gone elsewhere, too. It is a hint where to look, not a verdict.
 #
 # ## 6.7 Who has read this before?
 #
@@ -365,9 +365,9 @@ guess.reveal(sum(lost > 0 for lost in replayed.values()))
 # its blocks (chapter 01). A router that knows this sends questions where their document lies. **By which factor does the
 # median TTFT fall?**
 
-# %% [markdown] lang="zh" en_hash="31d1ec81"
+# %% [markdown] lang="zh" en_hash="b8f16405"
 # 大于 0，说明对这一个请求来说，另一条路更快。但光凭这一点，不能说决策错了：路由器还要掂量别人的损失，而且它不知道接下来会来什么。
-# 再把两列对着看：估计偏得不少，有时连正负号都反了。它只是拿一个预测去比一次实测，并不知道后来的请求也会跟着改道。
+# 再把两列对着看：多半相差不远，偶尔却连正负号都反了。估计只是拿一个预测去比一次实测，并不知道后来的请求也会跟着改道。
 # 所以，把它当作“该往哪儿看”的提示，别当判决。
 #
 # ## 6.7 谁读过这个？
@@ -420,9 +420,9 @@ guess = nanopd.predict("06.8", regret_percent=...)
 # %%
 from itertools import groupby
 
-stale = routing.simulate(routing.OldNews(routing.reference(), 0.5), load)
-guess.reveal(100 * routing.regret(stale[1], best))
-for name, (run, result) in {"fresh": (simulation, best), "old": stale}.items():
+stale = routing.simulate(routing.OldNews(routing.reference(), 0.5), load)[1]
+guess.reveal(100 * routing.regret(stale, best))
+for name, result in {"fresh": best, "old": stale}.items():
     paths = [" -> ".join(dict.fromkeys(one.path)) for one in result.requests]
     longest = max(len([*group]) for _, group in groupby(paths))
     print(f"{name:6} p90 of TTFT {1e3 * result.summary().ttft.p90:,.0f} ms; longest run of one and the same route: {longest}")

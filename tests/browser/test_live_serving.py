@@ -15,7 +15,7 @@ from nanopd.widgets.live_load import Load
 live = widgets.LiveServing(topologies=["C:cpu P:cpu D:cpu"], dtype="float32",
                            load=Load(rate=0, mix="short", output_tokens=4, mode="collocated"))
 live"""
-ASK = 'print("load", live.driver.load.rate, "finished", len(live.request_ids), "running", live.driver.running)'
+ASK = 'print("load", live.driver.load.rate, "running", live.driver.running)'
 NUM_DECISIONS = "panel => panel.querySelector('.js-plotly-plot').data.slice(0, 2).reduce((sum, trace) => sum + trace.x.length, 0)"
 RATE = ".noUi-handle"  # the first slider
 
@@ -25,28 +25,29 @@ def decisions(panel) -> int:
 
 
 def seconds_to_a_decision(notebook, panel) -> float:
-    """From nothing to do until the page shows that a request was sent on its way, once the slider has been moved."""
-    notebook.page.keyboard.press("Home")
-    notebook.wait_until(lambda: notebook.run_cell("live.driver.load").startswith("load 0"), "the rate did not come down")
-    notebook.page.wait_for_timeout(1000)
+    """With nothing to do: from the moment that the rate is moved up, until the page shows a decision."""
+    notebook.page.wait_for_timeout(1500)
     before = decisions(panel)
     panel.wait_for_selector(RATE).press("End")
     pressed = time.monotonic()
-    notebook.wait_until(lambda: decisions(panel) > before, "no decision appeared")
+    while decisions(panel) == before:
+        assert time.monotonic() < pressed + 60, "no decision appeared"
+        notebook.page.wait_for_timeout(20)
+    elapsed = time.monotonic() - pressed
     panel.wait_for_selector(RATE).press("Home")
-    return time.monotonic() - pressed
+    return elapsed
 
 
 @pytest.mark.parametrize("lang", ["en", pytest.param("zh", marks=pytest.mark.nightly)])
 def test_it_serves_while_page_and_kernel_stay_alive(open_notebook, write_notebook, lang):
     notebook = open_notebook(write_notebook(f"{lang}/live.ipynb", PANEL, ASK))
-    notebook.page.evaluate("async () => { await jupyterapp.commands.execute('notebook:run-all-cells'); }")
+    notebook.run_all()
     panel = notebook.panel("widgets.LiveServing(")
     panel.wait_for_selector(".nanopd-start").click()
     notebook.wait_until(lambda: "running True" in notebook.run_cell("live.driver.load"), "it does not run")
     panel = notebook.panel("widgets.LiveServing(")
-    handle = panel.wait_for_selector(RATE)
-    handle.press("End")
+    assert any(seconds_to_a_decision(notebook, panel) < 1 for _ in range(3)), "decisions are more than a second late"
+    panel.wait_for_selector(RATE).press("End")
     notebook.wait_until(lambda: decisions(panel) >= 5, "no decisions appeared")
     said = notebook.run_cell("live.driver.load")
     assert "load 20.0" in said and "running True" in said, f"the kernel answers while it serves, and the slider got there: {said}"
@@ -54,6 +55,7 @@ def test_it_serves_while_page_and_kernel_stay_alive(open_notebook, write_noteboo
     panel = notebook.panel("widgets.LiveServing(")
     panel.wait_for_selector(".nanopd-stop").click()
     notebook.wait_until(lambda: "running False" in notebook.run_cell("live.driver.load"), "Stop does not stop")
+    notebook.page.wait_for_timeout(1500)  # the page may have a few frames to catch up with
     after = decisions(panel)
     notebook.page.wait_for_timeout(1500)
     assert decisions(panel) == after
