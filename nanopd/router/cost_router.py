@@ -9,16 +9,19 @@ one, by its chance, and those beside it, by how much theirs grows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from heapq import nsmallest
+from bisect import insort
+from collections.abc import Sequence
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 from nanopd.config import SLO, ConfigError
-from nanopd.cost_model.analytical import CostModel, StepWork, TransferCost, attended_pairs
+from nanopd.cost_model.analytical import CostModel, TransferCost, attended_pairs
 from nanopd.router.length_predictor import LengthPredictor
 from nanopd.router.routing import Decision, Ended, Question, Route, Score, WorkerView
 
-SHORTLIST = 5  # workers that are scored for a part of a request, where there are more
+SHORTLIST = 5  # workers that are looked at for a part of a request, where there are more
+TOLD = 4  # pairs of which a decision tells, the best ones
+ALIKE = 1e-6  # seconds, or missed SLOs: routes that differ by less are as good as each other
 SMALL = 0.02  # share of the time for an answer's tokens, below which its length does not matter for what comes on top
 LEAST_RATE = 1e-3  # prompts a second, below which there are none
 BUSIEST = 0.9  # share of its time that a worker can give to prompts while it decodes
@@ -36,6 +39,17 @@ class Length(NamedTuple):
     thirds: tuple[float, float, float]
 
 
+class Place(NamedTuple):
+    """A worker as the request finds it."""
+
+    worker: WorkerView
+    cached: int  # tokens of the prompt
+    decodes: int
+    contexts: int
+    step: float  # seconds of all that it decodes now; 0 where there is nothing
+    slower: float  # by which share prompts to come lengthen its steps
+
+
 class Prompt(NamedTuple):
     """What computing the prompt on one worker means. Seconds."""
 
@@ -43,9 +57,11 @@ class Prompt(NamedTuple):
     device: str | None
     queue: float
     prefill: float
+    delay: float  # of each answer that is written there
     sending: int  # tokens of other prompts whose KV has yet to leave
     others: float  # what those that write there have to wait for it
     misses: float  # how many more of those will miss the SLO
+    in_time: float  # chance of a first token within the SLO, if nothing else delays it
 
 
 class Writing(NamedTuple):
@@ -53,13 +69,17 @@ class Writing(NamedTuple):
 
     worker_id: str
     device: str | None
+    num_bytes: int  # of the prompt's KV that are not there
     wait: float  # for room
-    step: float  # of those that are there
+    asking: float  # until it reads its mail, between two steps
     decode: float  # all of this answer's steps
     slower: float  # by which share prompts to come lengthen them
-    others: float  # what those that are there have to wait for them
-    misses: float  # how many more of those will miss the SLO
-    sent: int  # tokens of the prompt that are not there
+    batch: int  # answers that are there
+    then: float  # seconds for each of their tokens, with this one beside them
+    late: float  # how many of them miss the SLO without it
+    others: float  # what they have to wait for it
+    misses: float  # how many more of them will miss the SLO
+    in_time: float  # chance of tokens within the SLO, if nothing comes between the first and the second
 
 
 class Spread:
@@ -117,31 +137,70 @@ class CostRouter:
         self._lengths: dict[tuple[int, int], tuple[int, Length]] = {}  # and how many answers it was made from
         self._routes: dict[tuple[str, str], Route] = {}
         self._links: dict[tuple[str | None, str | None], TransferCost] = {}
+        self._batches: dict[int, float] = {}  # seconds of a step of so many decodes, without their contexts
 
     # ------------------------------------------------------------------------------------------- the choice
 
     def choose(self, question: Question, workers: Sequence[WorkerView]) -> Decision | None:
         length = self._length(question)
-        able: dict[str, list[WorkerView]] = {"C": [], "P": [], "D": []}  # by part; C: both
-        for worker in workers:
-            if worker.is_open:
-                for part in "CPD" if worker.role == "C" else worker.role:
-                    able[part].append(worker)
-        token, sequence = self.cost.prefill.token_seconds, length.mean * self.cost.decode.sequence_seconds
-        scores = [self._collocated(question, length, worker) for worker in _shortlist(able["C"], lambda worker: (
-            (worker.queued.prompt_tokens - worker.cached_tokens) * token + worker.seats * sequence))]
-        if len(able["P"]) + len(able["D"]) > 2 * len(able["C"]) or len(able["C"]) > 1:  # else there is no pair
-            prompts = [self._prompt(question, length, worker) for worker in _shortlist(able["P"], lambda worker: (
-                (worker.queued.prompt_tokens - worker.cached_tokens) * token + worker.running.decodes * sequence))]
-            writings = [self._writing(question, length, worker, worker.running, slower=self._slower(worker))
-                        for worker in _shortlist(able["D"], lambda worker: (
-                            worker.seats * sequence + worker.queued.prompt_tokens * token))]
-            scores += [self._disaggregated(question, length, prompt, writing) for prompt in prompts for writing in writings
-                       if prompt.worker_id != writing.worker_id]
+        both, first, second = self._shortlists(length, workers)
+        places = {worker_id: self._place(worker) for worker_id, worker in (both | first | second).items()}
+        prompts = {worker_id: self._prompt(question, length, places[worker_id]) for worker_id in both | first}
+        writings = {worker_id: self._writing(question, length, places[worker_id]) for worker_id in both | second}
+        scores = self._best_pairs(question, length, [prompts[each] for each in first], [writings[each] for each in second])
+        if question.written:  # one that does all computes that too
+            prompts = {worker_id: self._prompt(question, length, places[worker_id], question.written) for worker_id in both}
+        scores += [self._collocated(question, length, prompts[worker_id], writings[worker_id]) for worker_id in both]
         if not scores:
             return None
-        scores.sort(key=_objective)
+        scores.sort(key=OBJECTIVE)
         return Decision(scores[0].route, tuple(scores))
+
+    def _shortlists(self, length: Length, workers: Sequence[WorkerView]) -> tuple[dict[str, WorkerView], ...]:
+        """By id, the open workers that promise most: for all of the request, for its prompt, and for its answer."""
+        able: dict[str, list[WorkerView]] = {"C": [], "P": [], "D": []}
+        for worker in workers:
+            if worker.is_open:
+                able[worker.role].append(worker)
+        both, first, second = able["C"], able["P"], able["D"]
+        if self.cost.transfers:  # else only those who are to send and receive do so
+            first, second = both + first, both + second
+        if max(len(both), len(first), len(second)) > SHORTLIST:
+            looks = {role: self._looks(length, those) for role, those in able.items()}
+            soft = looks["C"] if self.cost.transfers else []
+            both, first, second = _least(looks["C"], 0), _least(soft + looks["P"], 0), _least(soft + looks["D"], 1)
+        return tuple({worker.worker_id: worker for worker in those} for those in (both, first, second))
+
+    def _looks(self, length: Length, workers: Sequence[WorkerView]) -> list[tuple[float, float, WorkerView]]:
+        """What is in the way there, roughly, in seconds: of all that is to be done, and of the answer alone."""
+        token, sequence = self.cost.prefill.token_seconds, length.mean * self.cost.decode.sequence_seconds
+        return [((busy := worker.queued[0] * token + worker.seats * sequence) - worker.cached_tokens * token, busy, worker)
+                for worker in workers]
+
+    def _best_pairs(self, question: Question, length: Length, prompts: Sequence[Prompt], writings: Sequence[Writing]) -> list[Score]:
+        """Of every two workers their objective is reckoned as if nothing made this request late that they don't do by
+        themselves. Scores, which tell all, are made of the best by that, until no other can be among the best."""
+        waited, others, slo = question.now - question.arrival, self.others, self.slo
+        tie_break = self._tie_break(length)
+        pairs: list[tuple[float, int, Prompt, Writing, float, float]] = []
+        for prompt in prompts:
+            for writing in writings:
+                if prompt.worker_id != writing.worker_id:
+                    queue, transfer = self._between(prompt, writing)
+                    least = (waited + queue + prompt.prefill + transfer + writing.asking + self.message_seconds
+                             + writing.decode * (1 + writing.slower) + others * (prompt.others + writing.others))
+                    if slo is not None:
+                        least = (1 - prompt.in_time * writing.in_time + others * (prompt.misses + writing.misses)
+                                 + tie_break * least)
+                    pairs.append((least, len(pairs), prompt, writing, queue, transfer))
+        pairs.sort()
+        best: list[Score] = []
+        for least, _, prompt, writing, queue, transfer in pairs:
+            if len(best) == TOLD and best[-1].objective <= least + ALIKE:
+                break
+            insort(best, self._pair(question, length, prompt, writing, queue, transfer), key=OBJECTIVE)
+            del best[TOLD:]
+        return best
 
     def ended(self, answer: Ended) -> None:
         """Learn from an answer how long answers are, and from its times how good forecasts are."""
@@ -155,48 +214,57 @@ class CostRouter:
 
     # ------------------------------------------------------------------------------------------- the scores
 
-    def _collocated(self, question: Question, length: Length, worker: WorkerView) -> Score:
-        """Prompts that come later hold the answer up as they have held up others lately, and its own prompt holds up those."""
-        running = worker.running
-        _, _, decodes, contexts = running
-        step = self.cost.decode.seconds(decodes, contexts) if decodes else 0.0
-        room = max(self.chunk_tokens - decodes, 1)
-        queue, prefill, steps = self._computing(question, worker, question.written, decodes, contexts, room)
-        slower = self._slower(worker)
-        delay = prefill - steps * step
-        writing = self._writing(question, length, worker, running, delay, slower)
-        terms = {"waited": question.now - question.arrival, "queue": max(queue, step / 2) + writing.wait, "prefill": prefill,
-                 "decode": writing.decode, "interference": writing.decode * slower, "others": decodes * delay + writing.others}
-        return self._score(question, length, self._route(worker.worker_id, worker.worker_id), terms,
-                           writing.decode * (1 + slower), 0.0, writing.misses)
+    def _collocated(self, question: Question, length: Length, prompt: Prompt, writing: Writing) -> Score:
+        """Of one worker. Prompts that come later hold the answer up as they have held up others lately, and its own prompt
+        holds up those."""
+        terms = {"waited": question.now - question.arrival, "queue": prompt.queue + writing.wait, "prefill": prompt.prefill,
+                 "decode": writing.decode, "interference": writing.decode * writing.slower,
+                 "others": prompt.others + writing.others}
+        misses = 0.0
+        if self.slo is not None and writing.batch:
+            then = writing.then + prompt.delay / length.steps
+            misses = writing.batch * self.tpot_spread.chance_above(self.slo.tpot, then) - writing.late
+        in_time = None if writing.wait else prompt.in_time
+        return self._score(question, length, self._route(prompt.worker_id, writing.worker_id), terms,
+                           writing.decode * (1 + writing.slower), 0.0, misses, in_time)
 
-    def _disaggregated(self, question: Question, length: Length, prompt: Prompt, writing: Writing) -> Score:
-        asking = writing.step / 2  # a worker reads its mail between two steps
-        room = writing.wait + asking
-        queue = prompt.queue if prompt.queue > room else room
-        link = self._links.get((prompt.device, writing.device)) or self._link(prompt.device, writing.device)
-        bytes_per_token = self.cost.shape.kv_bytes_per_token
-        transfer = link.exposed_seconds(writing.sent * bytes_per_token, prompt.prefill, self.cost.shape.num_layers)
-        if prompt.sending:  # what is on its way before this prompt's
-            transfer += max(0.0, prompt.sending * bytes_per_token / link.bytes_per_second - queue - prompt.prefill)
-        handover = asking + self.message_seconds
+    def _pair(self, question: Question, length: Length, prompt: Prompt, writing: Writing, queue: float, transfer: float) -> Score:
+        handover = writing.asking + self.message_seconds
         terms = {"waited": question.now - question.arrival, "queue": queue, "prefill": prompt.prefill, "transfer": transfer,
                  "handover": handover, "decode": writing.decode, "interference": writing.decode * writing.slower,
                  "others": prompt.others + writing.others}
+        in_time = prompt.in_time if queue == prompt.queue else None
         return self._score(question, length, self._route(prompt.worker_id, writing.worker_id), terms,
-                           writing.decode * (1 + writing.slower), transfer + handover, prompt.misses + writing.misses)
+                           writing.decode * (1 + writing.slower), transfer + handover, prompt.misses + writing.misses, in_time)
+
+    def _between(self, prompt: Prompt, writing: Writing) -> tuple[float, float]:
+        """Of a pair: seconds in the queue, and those after the prompt until its KV has arrived."""
+        room = writing.wait + writing.asking
+        queue = prompt.queue if prompt.queue > room else room
+        link = self._links.get((prompt.device, writing.device)) or self._link(prompt.device, writing.device)
+        transfer = link.exposed_seconds(writing.num_bytes, prompt.prefill, self.cost.shape.num_layers)
+        if prompt.sending:  # what is on its way before this prompt's
+            sending = prompt.sending * self.cost.shape.kv_bytes_per_token / link.bytes_per_second
+            transfer += max(0.0, sending - queue - prompt.prefill)
+        return queue, transfer
 
     def _score(self, question: Question, length: Length, route: Route, terms: dict[str, float], each: float, once: float,
-               misses: float) -> Score:
-        """`each`: seconds after the first token that grow with the answer; `once`: those that do not."""
+               misses: float, in_time: float | None) -> Score:
+        """`each`: seconds after the first token that grow with the answer; `once`: those that do not. `in_time`: the chance of a
+        first token within the SLO, where it is known."""
         ttft = terms["waited"] + terms["queue"] + terms["prefill"]
         e2e = ttft + each + once
         steps = length.steps
         objective = e2e + self.others * terms["others"]
         if self.slo is not None:
-            objective = (self._chance_to_miss(question, length, ttft, each / steps, once) + self.others * misses
-                         + TIE_BREAK * objective / (self.slo.ttft + length.mean * self.slo.tpot))
+            in_time = self._in_time(ttft) if in_time is None else in_time
+            objective = (1 - in_time * self._chance_to_keep_up(question, length, each / steps, once) + self.others * misses
+                         + self._tie_break(length) * objective)
         return Score(route, terms, ttft, (each + once) / steps, e2e, objective)
+
+    def _tie_break(self, length: Length) -> float:
+        """What a second counts beside missed SLOs."""
+        return TIE_BREAK / (self.slo.ttft + length.mean * self.slo.tpot) if self.slo is not None else 0.0
 
     def _route(self, prefill: str, decode: str) -> Route:
         route = self._routes.get((prefill, decode))
@@ -206,77 +274,81 @@ class CostRouter:
 
     # -------------------------------------------------------------------------------- what the scores are made of
 
-    def _prompt(self, question: Question, length: Length, worker: WorkerView) -> Prompt:
-        """Of a request whose answer is written elsewhere. It holds up those that are written here."""
+    def _place(self, worker: WorkerView) -> Place:
         _, _, decodes, contexts = worker.running
-        if not decodes:
-            queue, prefill, _ = self._computing(question, worker, 0, 0, 0, self.chunk_tokens)
-            return Prompt(worker.worker_id, worker.device, queue, prefill, worker.sending_tokens, 0.0, 0.0)
-        step = self.cost.decode.seconds(decodes, contexts)
-        queue, prefill, steps = self._computing(question, worker, 0, decodes, contexts, max(self.chunk_tokens - decodes, 1))
-        delay = prefill - steps * step
-        now = step * (1 + self._slower(worker))
-        return Prompt(worker.worker_id, worker.device, max(queue, step / 2), prefill, worker.sending_tokens, decodes * delay,
-                      self._more_misses(decodes, now, now + delay / length.steps))
-
-    def _computing(self, question: Question, worker: WorkerView, written: int, decodes: int, contexts: int,
-                   room: int) -> tuple[float, float, int]:
-        """Seconds until the prompts before this one are computed, seconds that it takes itself, and in how many steps. `room`: for
-        prompts, in a step."""
-        queued_tokens, queued_pairs, _, _ = worker.queued
-        seconds = self.cost.seconds if decodes else self._prefill_seconds
-        queue = 0.0
-        if queued_tokens:
-            steps = -(-queued_tokens // room)
-            queue = steps * seconds(queued_tokens / steps, queued_pairs / steps, decodes, contexts)
-            queue = max(0.0, queue - (question.now - worker.queued_since))
-        tokens = question.prompt_len + written
+        step = self._step(decodes, contexts) if decodes else 0.0
         cached = worker.cached_tokens if self.reads_prefixes else 0
-        new = tokens - cached
+        return Place(worker, cached, decodes, contexts, step, self._slower(worker, decodes, contexts))
+
+    def _prompt(self, question: Question, length: Length, place: Place, written: int = 0) -> Prompt:
+        """On a worker, whoever writes the answer. It holds up those that are written there. `written`: tokens that are computed
+        with it."""
+        worker, cached, decodes, contexts, step, slower = place
+        room = max(self.chunk_tokens - decodes, 1)  # for prompts, in a step
+        queue = self._queue(question, place, room)
+        new = question.prompt_len + written - cached
         steps = -(-new // room)
-        return queue, steps * seconds(new / steps, attended_pairs(new, cached) / steps, decodes, contexts), steps
+        prefill = steps * self.cost.seconds(new / steps, attended_pairs(new, cached) / steps, decodes, contexts)
+        delay = misses = 0.0
+        if decodes:
+            queue = max(queue, step / 2)
+            delay = prefill - steps * step
+            if self.slo is not None:
+                now, above = step * (1 + slower), self.tpot_spread.chance_above
+                misses = decodes * (above(self.slo.tpot, now + delay / length.steps) - above(self.slo.tpot, now))
+        in_time = self._in_time(question.now - question.arrival + queue + prefill) if self.slo is not None else 1.0
+        return Prompt(worker.worker_id, worker.device, queue, prefill, delay, worker.sending_tokens, decodes * delay, misses, in_time)
 
-    def _prefill_seconds(self, prompt_tokens: float, pairs: float, decodes: int, contexts: int) -> float:
-        """A step of prompts alone: the same, sooner known."""
-        return self.cost.prefill.seconds(prompt_tokens, pairs)
-
-    def _writing(self, question: Question, length: Length, worker: WorkerView, running: StepWork, delay: float = 0.0,
-                 slower: float = 0.0) -> Writing:
-        """`delay`: of all that write there, by the prompt; `slower`: by prompts to come, as a share."""
-        _, _, decodes, contexts = running
-        num_answers, prompt_len, batch = question.num_answers, question.prompt_len, worker.seats
-        sent = prompt_len - (worker.cached_tokens if self.reads_prefixes else 0)
-        contexts += (batch - decodes) * prompt_len  # those that have yet to begin have prompts like this one, for all one knows
-        before = self.cost.decode.seconds(batch, contexts) if batch else 0.0
-        after = self.cost.decode.seconds(batch + num_answers,
-                                         contexts + num_answers * (prompt_len + (question.written + length.mean) / 2))
-        steps = length.steps
-        lacking, waiting = sent - worker.free_tokens, num_answers - worker.free_seats
-        wait = 0.0
-        if batch and (lacking > 0 or waiting > 0):  # each that is there stays for its length, and leaves its seat and its context
-            wait = min(max(lacking / max(contexts, 1), waiting / batch), 1.0) * length.mean * before
-        misses = self._more_misses(batch, before * (1 + slower), after * (1 + slower) + delay / steps)
-        return Writing(worker.worker_id, worker.device, wait, before, steps * after, slower, batch * steps * (after - before),
-                       misses, sent)
-
-    def _more_misses(self, answers: int, now: float, then: float) -> float:
-        """How many more of these answers are expected to miss the TPOT when their tokens take longer."""
-        if self.slo is None or not answers:
+    def _queue(self, question: Question, place: Place, room: int) -> float:
+        """Seconds until the prompts before this one are computed."""
+        tokens, pairs, _, _ = place.worker.queued
+        if not tokens:
             return 0.0
-        chance_above, bound = self.tpot_spread.chance_above, self.slo.tpot
-        return answers * (chance_above(bound, then) - chance_above(bound, now))
+        steps = -(-tokens // room)
+        seconds = steps * self.cost.seconds(tokens / steps, pairs / steps, place.decodes, place.contexts)
+        return max(0.0, seconds - (question.now - place.worker.queued_since))
 
-    def _slower(self, worker: WorkerView) -> float:
+    def _writing(self, question: Question, length: Length, place: Place) -> Writing:
+        worker, cached, decodes, contexts, step, slower = place
+        num_answers, prompt_len, batch = question.num_answers, question.prompt_len, worker.seats
+        if batch != decodes:  # those that have yet to begin have prompts like this one, for all one knows
+            contexts += (batch - decodes) * prompt_len
+            step = self._step(batch, contexts)
+        context = prompt_len + (question.written + length.mean) / 2
+        after = self._step(batch + num_answers, contexts + num_answers * context)
+        sent, steps = prompt_len - cached, length.steps
+        lacking, waiting = sent - worker.free_tokens, num_answers - worker.free_seats
+        wait = late = misses = 0.0
+        if batch and (lacking > 0 or waiting > 0):  # each that is there stays for its length, and leaves its seat and its context
+            wait = min(max(lacking / max(contexts, 1), waiting / batch), 1.0) * length.mean * step
+        then, in_time = after * (1 + slower), 1.0
+        if self.slo is not None:
+            above, bound = self.tpot_spread.chance_above, self.slo.tpot
+            too_slow = above(bound, then)
+            in_time = 1 - too_slow
+            if batch:
+                late = batch * above(bound, step * (1 + slower))
+                misses = batch * too_slow - late
+        return Writing(worker.worker_id, worker.device, sent * self.cost.shape.kv_bytes_per_token, wait, step / 2, steps * after,
+                       slower, batch, then, late, batch * steps * (after - step), misses, in_time)
+
+    def _step(self, decodes: int, contexts: float) -> float:
+        """As the cost model says, sooner: the same few batches are asked for all the time."""
+        seconds = self._batches.get(decodes)
+        if seconds is None:
+            seconds = self._batches[decodes] = self.cost.decode.seconds(decodes, 0)
+        return seconds + contexts * self.cost.decode.context_token_seconds
+
+    def _slower(self, worker: WorkerView, decodes: int, contexts: int) -> float:
         """By which share decode steps take longer because of prompts to come, if those come as they came lately."""
         prompts, tokens = worker.prompts_per_second
         if prompts < LEAST_RATE:
             return 0.0
-        _, _, decodes, contexts = worker.running
         decodes = max(decodes, 1)
         new = tokens / prompts
         steps = max(1.0, new / max(self.chunk_tokens - decodes, 1))
         longer = steps * (self.cost.seconds(new / steps, attended_pairs(new) / steps, decodes, contexts)
-                          - self.cost.decode.seconds(decodes, contexts))
+                          - self._step(decodes, contexts))
         share = min(max(prompts * longer, 0.0), BUSIEST)  # of the time
         return share / (1 - share)
 
@@ -284,17 +356,18 @@ class CostRouter:
         link = self._links[source, destination] = self.cost.transfer(source or "", destination or "")
         return link
 
-    def _chance_to_miss(self, question: Question, length: Length, ttft: float, per_token: float, once: float) -> float:
-        """What is paid once weighs more on a short answer."""
-        in_time = 1 - self.ttft_spread.chance_above(self.slo.ttft, ttft)
-        if per_token <= 0 or in_time < 1e-6:
-            return 1 - in_time
+    def _in_time(self, ttft: float) -> float:
+        return 1 - self.ttft_spread.chance_above(self.slo.ttft, ttft)
+
+    def _chance_to_keep_up(self, question: Question, length: Length, per_token: float, once: float) -> float:
+        """Of tokens after the first within the SLO. What is paid once weighs more on a short answer."""
+        if per_token <= 0:
+            return 1.0
         chance_above, bound = self.tpot_spread.chance_above, self.slo.tpot
         done = question.written + 1
         if once < SMALL * per_token * max(1.0, length.thirds[0] - done):
-            return 1 - in_time * (1 - chance_above(bound, per_token + once / max(1.0, length.mean - done)))
-        chance = sum(chance_above(bound, per_token + once / max(1.0, tokens - done)) for tokens in length.thirds) / 3
-        return 1 - in_time * (1 - chance)
+            return 1 - chance_above(bound, per_token + once / max(1.0, length.mean - done))
+        return 1 - sum(chance_above(bound, per_token + once / max(1.0, tokens - done)) for tokens in length.thirds) / 3
 
     # -------------------------------------------------------------------------------------------- the length
 
@@ -324,9 +397,8 @@ def _length(question: Question, mean: float, thirds: tuple[float, float, float])
     return Length(mean, max(1.0, mean - question.written - 1), thirds)
 
 
-def _shortlist(workers: list[WorkerView], key: Callable[[WorkerView], float]) -> Iterable[WorkerView]:
-    return workers if len(workers) <= SHORTLIST else nsmallest(SHORTLIST, workers, key=key)
+def _least(looks: list[tuple[float, float, WorkerView]], by: int) -> list[WorkerView]:
+    return [worker for _, _, worker in sorted(looks, key=itemgetter(by))[:SHORTLIST]]
 
 
-def _objective(score: Score) -> float:
-    return score.objective
+OBJECTIVE = attrgetter("objective")
