@@ -22,6 +22,7 @@ from nanopd.messages import History, LinkTimed, Status
 from nanopd.models.loader import load_spec, load_tokenizer, resolve_dtype
 from nanopd.router.central_scheduler import TIMELINES_KEPT, CentralScheduler
 from nanopd.router.explain import Explanation, began, explain
+from nanopd.router.planner import WorkerSize
 from nanopd.router.policies import ROUTERS, AlwaysCollocated, make_router
 from nanopd.router.routing import Router
 from nanopd.router.timeline import Timeline
@@ -103,9 +104,10 @@ class Cluster(Client):
         if router is not None and not isinstance(router, str):
             return router
         name = router or "cost"
-        chunk = min(options.max_num_batched_tokens, options.prefill_chunk_size or sys.maxsize)
         cost = self._cost_model(profile) if name == "cost" else None
-        return make_router(name, cost, slo=slo, chunk_tokens=chunk)
+        chunk = min(options.max_num_batched_tokens, options.prefill_chunk_size or sys.maxsize)
+        limits = self.limits
+        return make_router(name, cost, slo=slo, size=WorkerSize(limits.max_num_seqs, chunk, limits.num_blocks * limits.block_size))
 
     def _cost_model(self, profile: str | Path | Profile | CostModel | None) -> CostModel:
         if isinstance(profile, CostModel):

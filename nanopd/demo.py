@@ -195,7 +195,8 @@ def show(result: Result, console: Console) -> None:
     """Print the table, whether the modes agree, and where to go from here."""
     console.print(_table(result.rows, console.width))
     console.print("TTFT is the time to the first token, TPOT the time per token after it. All prompts were sent at once and "
-                  "share every step. In adaptive mode the two pipelines take turns here." + SHARED_DEVICE * result.shares_device, style="bright_black", highlight=False)
+                  "share every step. In adaptive mode the two pipelines take turns here."
+                  + SHARED_DEVICE * result.shares_device, style="bright_black", highlight=False)
     console.print()
     console.print(_verdict(result), highlight=False)
     right = sum(row.verdict == "right" for row in result.rows)

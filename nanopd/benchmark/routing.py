@@ -89,9 +89,7 @@ def _served(cluster: Cluster, case: Case, profile: Profile, prompts: str,
     """Each mode under each load. What the workers recorded, each of them in each turn, is added to `steps`."""
     draw = lengths(prompts, case.output)
     drawn = random.Random(0)
-    size = WorkerSize(cluster.limits.max_num_seqs, case.options["max_num_batched_tokens"],
-                      cluster.limits.num_blocks * cluster.limits.block_size)
-    planner = Planner(profile.cost, size, case.slo)
+    planner = Planner(profile.cost, _size(case), case.slo)
     mix = Mix(tuple(draw(drawn) for _ in range(64)))
     pair = Split(P=1, D=len(case.devices) - 1)
     capacity = max(planner.capacity(Split(C=len(case.devices)), mix), planner.capacity(pair, mix))
@@ -128,7 +126,12 @@ def _simulate(case: Case, profile: Profile, arrivals: Sequence[Arrival], mode: s
 
 
 def _router(case: Case, profile: Profile):
-    return make_router("cost", profile.cost, slo=case.slo, chunk_tokens=case.options["max_num_batched_tokens"])
+    return make_router("cost", profile.cost, slo=case.slo, size=_size(case))
+
+
+def _size(case: Case) -> WorkerSize:
+    return WorkerSize(case.options["max_num_seqs"], case.options["max_num_batched_tokens"],
+                      16 * case.options["num_gpu_blocks_override"])
 
 
 def _row(prompts: str, rate: float, share: float, mode: str, measured: Summary, simulated: Summary) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ class Place(NamedTuple):
     """A worker as the request finds it."""
 
     worker: WorkerView
+    does_all: bool  # it may compute prompts and write answers, of whichever requests
     cached: int  # tokens of the prompt
     decodes: int
     contexts: int
@@ -55,6 +56,7 @@ class Prompt(NamedTuple):
 
     worker_id: str
     device: str | None
+    does_all: bool
     queue: float
     prefill: float
     delay: float  # of each answer that is written there
@@ -69,6 +71,7 @@ class Writing(NamedTuple):
 
     worker_id: str
     device: str | None
+    does_all: bool
     num_bytes: int  # of the prompt's KV that are not there
     wait: float  # for room
     asking: float  # until it reads its mail, between two steps
@@ -133,6 +136,7 @@ class CostRouter:
         self.others = others
         self.reads_prefixes = reads_prefixes
         self.ttft_spread, self.tpot_spread = Spread(spread), Spread(spread)
+        self.parts: Mapping[str, str] = {}  # "P" or "D", by id: of collocated workers that are to do no other
         self._num_ended = 0
         self._lengths: dict[tuple[int, int], tuple[int, Length]] = {}  # and how many answers it was made from
         self._routes: dict[tuple[str, str], Route] = {}
@@ -161,7 +165,7 @@ class CostRouter:
         able: dict[str, list[WorkerView]] = {"C": [], "P": [], "D": []}
         for worker in workers:
             if worker.is_open:
-                able[worker.role].append(worker)
+                able[self.parts.get(worker.worker_id, worker.role)].append(worker)
         both, first, second = able["C"], able["P"], able["D"]
         if self.cost.transfers:  # else only those who are to send and receive do so
             first, second = both + first, both + second
@@ -179,13 +183,16 @@ class CostRouter:
 
     def _best_pairs(self, question: Question, length: Length, prompts: Sequence[Prompt], writings: Sequence[Writing]) -> list[Score]:
         """Of every two workers their objective is reckoned as if nothing made this request late that they don't do by
-        themselves. Scores, which tell all, are made of the best by that, until no other can be among the best."""
+        themselves. Scores, which tell all, are made of the best by that, until no other can be among the best.
+
+        Where TPOTs are promised, one of the two keeps to its part: who writes where any prompt may come is not safe.
+        """
         waited, others, slo = question.now - question.arrival, self.others, self.slo
         tie_break = self._tie_break(length)
         pairs: list[tuple[float, int, Prompt, Writing, float, float]] = []
         for prompt in prompts:
             for writing in writings:
-                if prompt.worker_id != writing.worker_id:
+                if prompt.worker_id != writing.worker_id and (slo is None or not (prompt.does_all and writing.does_all)):
                     queue, transfer = self._between(prompt, writing)
                     least = (waited + queue + prompt.prefill + transfer + writing.asking + self.message_seconds
                              + writing.decode * (1 + writing.slower) + others * (prompt.others + writing.others))
@@ -278,12 +285,13 @@ class CostRouter:
         _, _, decodes, contexts = worker.running
         step = self._step(decodes, contexts) if decodes else 0.0
         cached = worker.cached_tokens if self.reads_prefixes else 0
-        return Place(worker, cached, decodes, contexts, step, self._slower(worker, decodes, contexts))
+        does_all = worker.role == "C" and worker.worker_id not in self.parts
+        return Place(worker, does_all, cached, decodes, contexts, step, self._slower(worker, decodes, contexts))
 
     def _prompt(self, question: Question, length: Length, place: Place, written: int = 0) -> Prompt:
         """On a worker, whoever writes the answer. It holds up those that are written there. `written`: tokens that are computed
         with it."""
-        worker, cached, decodes, contexts, step, slower = place
+        worker, does_all, cached, decodes, contexts, step, slower = place
         room = max(self.chunk_tokens - decodes, 1)  # for prompts, in a step
         queue = self._queue(question, place, room)
         new = question.prompt_len + written - cached
@@ -297,7 +305,8 @@ class CostRouter:
                 now, above = step * (1 + slower), self.tpot_spread.chance_above
                 misses = decodes * (above(self.slo.tpot, now + delay / length.steps) - above(self.slo.tpot, now))
         in_time = self._in_time(question.now - question.arrival + queue + prefill) if self.slo is not None else 1.0
-        return Prompt(worker.worker_id, worker.device, queue, prefill, delay, worker.sending_tokens, decodes * delay, misses, in_time)
+        return Prompt(worker.worker_id, worker.device, does_all, queue, prefill, delay, worker.sending_tokens, decodes * delay,
+                      misses, in_time)
 
     def _queue(self, question: Question, place: Place, room: int) -> float:
         """Seconds until the prompts before this one are computed."""
@@ -309,7 +318,7 @@ class CostRouter:
         return max(0.0, seconds - (question.now - place.worker.queued_since))
 
     def _writing(self, question: Question, length: Length, place: Place) -> Writing:
-        worker, cached, decodes, contexts, step, slower = place
+        worker, does_all, cached, decodes, contexts, step, slower = place
         num_answers, prompt_len, batch = question.num_answers, question.prompt_len, worker.seats
         if batch != decodes:  # those that have yet to begin have prompts like this one, for all one knows
             contexts += (batch - decodes) * prompt_len
@@ -329,8 +338,8 @@ class CostRouter:
             if batch:
                 late = batch * above(bound, step * (1 + slower))
                 misses = batch * too_slow - late
-        return Writing(worker.worker_id, worker.device, sent * self.cost.shape.kv_bytes_per_token, wait, step / 2, steps * after,
-                       slower, batch, then, late, batch * steps * (after - step), misses, in_time)
+        return Writing(worker.worker_id, worker.device, does_all, sent * self.cost.shape.kv_bytes_per_token, wait, step / 2,
+                       steps * after, slower, batch, then, late, batch * steps * (after - step), misses, in_time)
 
     def _step(self, decodes: int, contexts: float) -> float:
         """As the cost model says, sooner: the same few batches are asked for all the time."""

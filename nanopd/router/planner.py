@@ -1,4 +1,4 @@
-"""How many workers of each role suit a load, and who changes roles when the load drifts. No torch.
+"""How many workers of each role suit a load. No torch.
 
 An estimate by queueing formulas, quick enough to be asked while requests flow. Prompts wait for P workers, or for C workers,
 as in a queue with several servers (Sakasegawa's and Kingman's approximations). Answers fill decode batches: by Little's law a
@@ -10,21 +10,21 @@ to the truth.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist, fmean
-from typing import TYPE_CHECKING
 
-from nanopd.config import ConfigError
+from nanopd.config import SLO, ConfigError, SchedulerConfig
 from nanopd.cost_model.analytical import CostModel, StepWork, chunks
-
-if TYPE_CHECKING:
-    from nanopd.config import SLO
 
 ATTAINMENT = 0.9  # share of the requests that are to meet the SLO
 PRECISION = 0.005  # of a capacity, relative
 ROUNDS = 30  # of a fixed point at most
+FEW = 4  # workers, of which every split is looked at
+LENDING = (0.25, 0.5, 0.75)  # shares of their time that collocated workers may compute prompts for others; else they decode
+LENT = 0.95  # of what a worker could do that keeps to one part, where it does both
 _NORMAL = NormalDist()
 
 
@@ -58,6 +58,11 @@ class WorkerSize:
     max_num_batched_tokens: int
     cache_tokens: int
 
+    @classmethod
+    def of(cls, scheduler: SchedulerConfig, num_blocks: int, block_size: int) -> WorkerSize:
+        return cls(scheduler.max_num_seqs, min(scheduler.max_num_batched_tokens, scheduler.prefill_chunk_size or sys.maxsize),
+                   num_blocks * block_size)
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -86,7 +91,7 @@ class Queue:
     """Several servers, Poisson arrivals, and a sample of service times in seconds."""
 
     services: Sequence[float]
-    servers: int
+    servers: float  # a part of one gives that part of its time
 
     def attainment(self, rate: float, limit: float) -> float:
         """Share of the arrivals, `rate` a second, that are served within `limit` seconds, their wait included."""
@@ -114,16 +119,31 @@ class Planner:
         self.ttft = slo.ttft if slo and slo.ttft else math.inf
         self.tpot = slo.tpot if slo and slo.tpot else math.inf
 
-    def rank(self, num_workers: int, mix: Mix) -> list[tuple[Split, float]]:
+    def rank(self, num_workers: int, mix: Mix, least: Split = Split()) -> list[tuple[Split, float]]:
         """All splits with the requests a second that each serves so that 90% meet the SLO, the best first.
+
+        Args:
+            least: so many workers keep to P and D.
 
         Raises ConfigError where there is no worker.
         """
         if num_workers < 1:
             raise ConfigError(f"there must be at least 1 worker, got {num_workers}")
         load = _Load(self, mix)
-        ranked = [(split, load.capacity(split)) for split in Split.all_of(num_workers)]
+        splits = Split.all_of(num_workers)
+        if num_workers > FEW:
+            splits = [split for split in splits if self._is_promising(split, load)]
+        ranked = [(split, load.capacity(split)) for split in splits if split.P >= least.P and split.D >= least.D]
         return sorted(ranked, key=lambda each: (-each[1], -each[0].C))
+
+    @staticmethod
+    def _is_promising(split: Split, load: _Load) -> bool:
+        """Of many workers: all collocated, or at most two of them, and the others so shared out that neither P nor D has more
+        than a worker too many."""
+        if not split.P:
+            return True
+        wanted = load.prefillers_for_each_decoder
+        return split.C <= 2 and abs(split.P - (split.P + split.D) * wanted / (1 + wanted)) <= 1
 
     def capacity(self, split: Split, mix: Mix) -> float:
         """Requests a second of which 90% meet the SLO; both pipelines side by side add up."""
@@ -147,12 +167,14 @@ class _Load:
         return sum(count * self.cost.step_seconds(StepWork(tokens, pairs)) for count, tokens, pairs in chunks(prompt, 0, budget))
 
     def capacity(self, split: Split) -> float:
-        total = 0.0
-        if split.C:
-            total += self._most(lambda rate: self._collocated(rate, split.C))
+        """Collocated workers by themselves, or lent to the others: whichever serves more."""
+        alone = self._most(lambda rate: self._collocated(rate, split.C)) if split.C else 0.0
         if split.P and split.D:
-            total += self._most(lambda rate: self._disaggregated(rate, split.P, split.D))
-        return total
+            alone += self._most(lambda rate: self._disaggregated(rate, split.P, split.D))
+        lent = [self._most(lambda rate: self._disaggregated(rate, split.P + LENT * part * split.C,
+                                                            split.D + LENT * (1 - part) * split.C))
+                for part in LENDING if split.C and split.P + split.D]
+        return max([alone, *lent])
 
     @staticmethod
     def _most(attainment: Callable[[float], float]) -> float:
@@ -164,7 +186,14 @@ class _Load:
 
     # -------------------------------------------------------------------------------------- disaggregated
 
-    def _disaggregated(self, rate: float, prefillers: int, decoders: int) -> float:
+    @cached_property
+    def prefillers_for_each_decoder(self) -> float:
+        """So that both are as busy: by what one of each could do if it had many of the other."""
+        prompts = self._most(lambda rate: self._disaggregated(rate, 1, 1e6))
+        answers = self._most(lambda rate: self._disaggregated(rate, 1e6, 1))
+        return answers / max(prompts, 1e-9)
+
+    def _disaggregated(self, rate: float, prefillers: float, decoders: float) -> float:
         in_time = Queue(self.prefills, prefillers).attainment(rate, self.ttft)
         if in_time < ATTAINMENT:
             return in_time
@@ -210,21 +239,26 @@ class _Load:
     def _step_with_prompt(self, batch: float) -> float:
         return max(self.chunk + self.cost.mixed.seconds(batch, batch * self.context), self._decode_step(batch))
 
+    def _share_of_prompts(self, batch: float, rate: float) -> float:
+        """Of the time, by which prompts lengthen steps: 1 or more where they leave none."""
+        return rate * self.steps * (self._step_with_prompt(batch) - self._decode_step(batch))
+
     def _mean_step(self, batch: float, rate: float) -> float:
         """Of steps with and without a prompt; inf where prompts leave no time."""
-        decode = self._decode_step(batch)
-        longer = rate * self.steps * (self._step_with_prompt(batch) - decode)
-        return decode / (1 - longer) if longer < 1 else math.inf
+        share = self._share_of_prompts(batch, rate)
+        return self._decode_step(batch) / (1 - share) if share < 1 else math.inf
 
     def _undisturbed(self, batch: float, rate: float) -> float:
-        """Share of the answers that few enough steps with prompts hold up: how many do varies as a Poisson number does."""
+        """Share of the answers that few enough steps with prompts hold up. How many do varies as a Poisson number does, and
+        more: while there are many, answers stay longer, and meet more."""
         decode = self._decode_step(batch)
         longer = self._step_with_prompt(batch) - decode
         if math.isinf(self.tpot) or longer <= 0 or decode >= self.tpot:
             return float(decode < self.tpot)
         expected = self.answer * rate * self.steps * self._mean_step(batch, rate)
         allowed = self.answer * (self.tpot - decode) / longer
-        return _NORMAL.cdf((allowed - expected) / math.sqrt(max(expected, 0.1)))
+        deviation = math.sqrt(max(expected, 0.1)) / (1 - self._share_of_prompts(batch, rate))
+        return _NORMAL.cdf((allowed - expected) / deviation)
 
 
 def _highest(top: float, suffices: Callable[[float], bool]) -> float:

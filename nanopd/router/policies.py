@@ -9,6 +9,8 @@ from nanopd.cost_model.analytical import CostModel
 from nanopd.cost_model.seed import SeedModel, seed_preset
 from nanopd.router.cost_router import CostRouter
 from nanopd.router.length_predictor import BayesianLengthPredictor, LengthPredictor
+from nanopd.router.planner import WorkerSize
+from nanopd.router.planning_router import PlanningRouter
 from nanopd.router.routing import Decision, Question, Route, Router, WorkerView
 
 
@@ -91,10 +93,13 @@ def _has(workers: Iterable[WorkerView], *roles: str) -> bool:
 # ------------------------------------------------------------------------------------------------ by name
 
 
-def _cost(cost: CostModel | None, predictor: LengthPredictor | None, slo: SLO | None, chunk_tokens: int | None) -> Router:
+def _cost(cost: CostModel | None, predictor: LengthPredictor | None, slo: SLO | None, size: WorkerSize | None) -> Router:
     if cost is None:
         raise ConfigError("the router 'cost' needs a cost model: give a profile")
-    return CostRouter(cost, predictor or BayesianLengthPredictor(), slo, chunk_tokens=chunk_tokens)
+    predictor = predictor or BayesianLengthPredictor()
+    if slo is not None and size is not None:
+        return PlanningRouter(cost, predictor, slo, size)
+    return CostRouter(cost, predictor, slo, chunk_tokens=size and size.max_num_batched_tokens)
 
 
 ROUTERS: dict[str, Callable[..., Router]] = {
@@ -108,15 +113,15 @@ ROUTERS: dict[str, Callable[..., Router]] = {
 
 
 def make_router(name: str, cost: CostModel | None = None, *, predictor: LengthPredictor | None = None, slo: SLO | None = None,
-                chunk_tokens: int | None = None) -> Router:
+                size: WorkerSize | None = None) -> Router:
     """A router by its name. What it has no use for is left aside.
 
     Args:
         cost: what steps and transfers take; "cost" needs it.
-        chunk_tokens: of prompts that a step computes at most.
+        size: what each worker takes.
 
     Raises ConfigError for a name that is not known, or where something is missing.
     """
     if name not in ROUTERS:
         raise ConfigError(f"unknown router {name!r}; there are {', '.join(ROUTERS)}, or give an object with a method choose()")
-    return ROUTERS[name](cost, predictor, slo, chunk_tokens)
+    return ROUTERS[name](cost, predictor, slo, size)

@@ -1,61 +1,62 @@
-"""Gives workers other roles as the load drifts. No torch."""
+"""Shares out parts among workers that could do all: which of them compute prompts for others and which write, as the load is.
+No torch."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Sequence
+from statistics import fmean
 
 from nanopd.router.planner import Mix, Planner, Split
+from nanopd.router.routing import WorkerView
 
-REMEMBERED = 64  # of the latest arrivals: the load as it is now
+REMEMBERED = 256  # of the latest arrivals: the load as it is now
+TOGETHER = 4  # of them, alike, that are reckoned with as one
 ENOUGH = 16  # of them, to judge by
-EVERY = 2.0  # seconds between two judgements
-GAIN = 1.1  # times the present split's capacity that another must have: a change costs the time in which a worker empties
+EVERY = 0.5  # seconds between two judgements
+GAIN = 1.1  # times the present split's capacity that another must have
 BUSY = 0.6  # share of its capacity from which on the present split is in question
 
 
 class RoleKeeper:
-    """Watches what arrives and says which change of role would let the workers serve more of it in time."""
+    """Watches what arrives, and gives each collocated worker of an adaptive cluster the part that lets all of them together
+    serve most in time. A part is for new requests: it takes effect at once, and what a worker has begun it ends."""
 
     def __init__(self, planner: Planner) -> None:
         self._planner = planner
         self._arrivals: deque[tuple[float, float, float]] = deque(maxlen=REMEMBERED)  # when, prompt, expected answer
         self._judged = 0.0
+        self._parts: dict[str, str] = {}  # by worker: "P" or "D"; those that are not here do all
 
     def arrived(self, now: float, prompt_len: int, answer_len: float) -> None:
         """A request has come, at `now` seconds. Lengths in tokens; that of the answer as it is expected."""
         self._arrivals.append((now, prompt_len, answer_len))
 
-    def advise(self, now: float, roles: Iterable[str]) -> tuple[str, str] | None:
-        """(role to take a worker from, role to give it), or None to leave things as they are.
+    def parts(self, now: float, workers: Sequence[WorkerView]) -> dict[str, str]:
+        """Of collocated workers that are to do one part only: "P" or "D", by id. All others are as their roles say."""
+        if now - self._judged >= EVERY and len(self._arrivals) >= ENOUGH:
+            self._judged = now
+            self._judge(now, workers)
+        return self._parts
 
-        `roles`: of all workers. One step at a time: the next one is asked for when that worker has changed.
-        """
-        if now - self._judged < EVERY or len(self._arrivals) < ENOUGH:
-            return None
-        self._judged = now
-        present = Split(**Counter(roles))
-        mix = Mix(tuple((prompt, answer) for _, prompt, answer in self._arrivals))
+    def _judge(self, now: float, workers: Sequence[WorkerView]) -> None:
+        roles = Counter(worker.role for worker in workers)
+        fixed = Split(P=roles["P"], D=roles["D"])
+        present = Split(**Counter(self._parts.get(worker.worker_id, worker.role) for worker in workers))
+        alike = sorted((prompt, answer) for _, prompt, answer in self._arrivals)
+        groups = [alike[first : first + TOGETHER] for first in range(0, len(alike), TOGETHER)]
+        mix = Mix(tuple((fmean(prompt for prompt, _ in group), fmean(answer for _, answer in group)) for group in groups))
         capacity = self._planner.capacity(present, mix)
-        if self._rate(now) < BUSY * capacity:
-            return None
-        best, best_capacity = self._planner.rank(present.num_workers, mix)[0]
-        if best_capacity < GAIN * capacity:
-            return None
-        steps = _steps(present, best)
-        return max(steps, key=lambda step: self._planner.capacity(_after(present, *step), mix)) if steps else None
+        rate = len(self._arrivals) / max(now - self._arrivals[0][0], 1e-9)
+        if rate < BUSY * capacity:
+            return
+        best, best_capacity = self._planner.rank(len(workers), mix, fixed)[0]
+        if best_capacity >= GAIN * capacity:
+            self._share_out(best, fixed, [worker for worker in workers if worker.role == "C"])
 
-    def _rate(self, now: float) -> float:
-        """Arrivals a second: over the latest, up to now."""
-        return len(self._arrivals) / max(now - self._arrivals[0][0], 1e-9)
-
-
-def _steps(present: Split, wanted: Split) -> list[tuple[str, str]]:
-    """Changes of one worker that lead from the one split towards the other."""
-    more = {role: getattr(wanted, role) - getattr(present, role) for role in "CPD"}
-    return [(giver, taker) for giver in more if more[giver] < 0 for taker in more if more[taker] > 0]
-
-
-def _after(split: Split, giver: str, taker: str) -> Split:
-    return replace(split, **{giver: getattr(split, giver) - 1, taker: getattr(split, taker) + 1})
+    def _share_out(self, split: Split, fixed: Split, workers: Sequence[WorkerView]) -> None:
+        """Those that write least compute prompts, those that write most go on with that."""
+        by_writing = sorted(workers, key=lambda worker: worker.running.decodes)
+        prompts, answers = split.P - fixed.P, split.D - fixed.D
+        self._parts = {worker.worker_id: "P" for worker in by_writing[:prompts]}
+        self._parts |= {worker.worker_id: "D" for worker in by_writing[len(by_writing) - answers :]}

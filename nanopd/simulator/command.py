@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanopd.config import ROLES, SLO, CacheConfig, ConfigError, SchedulerConfig
 from nanopd.metrics import Quantiles, Summary
+from nanopd.router.planner import WorkerSize
 from nanopd.router.policies import make_router
 from nanopd.simulator.cost_runner import ModelCosts
 from nanopd.simulator.hardware import Hardware
@@ -93,8 +94,8 @@ def simulate(hardware: Hardware, workers: dict[str, int], mode: str, workload: W
     if router is not None and mode != "adaptive":
         raise ConfigError(f"mode {mode!r} asks no router: leave --router out, or take mode adaptive")
     router = (router or "cost") if mode == "adaptive" else None
-    chunk = min(scheduler.max_num_batched_tokens, scheduler.prefill_chunk_size or scheduler.max_num_batched_tokens)
-    chooses = router and make_router(router, hardware.cost, slo=slo, chunk_tokens=chunk)
+    size = WorkerSize.of(scheduler, cache.num_blocks, cache.block_size)
+    chooses = router and make_router(router, hardware.cost, slo=slo, size=size)
     simulation = Simulation(workers, mode, hardware.cost.shape, ModelCosts(hardware.cost), cache, scheduler, router=chooses,
                             runs_ahead=hardware.runs_ahead)
     return Report(hardware, workers, mode, router, slo, workload, simulation.run(workload.arrivals, progress))

@@ -14,12 +14,12 @@ from nanopd.config import CacheConfig, SchedulerConfig
 from nanopd.cost_model.presets import preset
 from nanopd.router.cost_router import CostRouter
 from nanopd.router.length_predictor import BayesianLengthPredictor
-from nanopd.router.routing import Decision, Question, Route, Router, WorkerView
+from nanopd.router.routing import Decision, Question, Router, WorkerView
 from nanopd.simulator import Arrival, ModelCosts, Result, Simulation
 
 PROFILE = "nvidia-h200/qwen3-8b"
 CHUNK = 2048  # tokens a step
-WORKERS = {"C": 2, "P": 1, "D": 1}
+WORKERS = {"C": 4, "P": 1, "D": 1}
 SEEN = ("worker_id", "role", "device", "queued", "queued_since", "running", "seats", "free_seats", "free_tokens",
         "sending_tokens", "prompts_per_second", "cached_tokens")  # what a view shows, but for is_open
 
@@ -37,7 +37,7 @@ def simulate(router: Router, load: Sequence[Arrival], workers: Mapping[str, int]
     return simulation, simulation.run(load)
 
 
-def trace(num_requests: int = 200, rate: float = 40.0, seed: int = 6) -> list[Arrival]:
+def trace(num_requests: int = 200, rate: float = 30.0, seed: int = 7) -> list[Arrival]:
     """Short questions, and now and then a burst of long documents; answers of very different lengths. `rate` is the mean."""
     random, now, arrivals = Random(seed), 0.0, []
     while len(arrivals) < num_requests:
@@ -86,4 +86,4 @@ class OldNews:
         return self.router.choose(question, [self._seen[worker.worker_id] for worker in workers])
 
 
-__all__ = ["Detour", "OldNews", "Route", "reference", "regret", "simulate", "trace"]
+

@@ -76,9 +76,11 @@ def test_changes_take_effect_while_it_runs(driver):
 def test_an_answers_length_is_a_chance_with_the_mean_that_was_asked_for(driver):
     driver.change(output_tokens=8)
     driver.start()
-    until(lambda: len(finished(driver)) >= 120, "too few answers")
+    until(lambda: len(driver.picture().requests) >= 120, "too few requests")
+    driver.change(rate=0)
+    until(lambda: driver.picture().num_open == 0, "they do not end")  # the first to end are the short ones
     lengths = [seen.num_tokens for seen in finished(driver)]
-    assert 5.5 < fmean(lengths) < 10.5 and min(lengths) < 4 and max(lengths) > 14
+    assert 5.5 < fmean(lengths) < 11 and min(lengths) < 4 and max(lengths) > 14
 
 
 def test_stop_ends_what_is_open_and_start_begins_anew(driver):

@@ -85,7 +85,7 @@ class PipelineMachine(RuleBasedStateMachine):
             block_size=block_size, caching=caching, watermark=watermark, budget=8, chunk=chunk, max_model_len=20)
         self.ledger = self.cluster.ledger
 
-    @rule(request=requests(), times=st.sampled_from([1, 1, 3]), timeout=st.sampled_from([None, None, 5]),
+    @rule(request=requests(), times=st.sampled_from([1, 1, 3]), timeout=st.sampled_from([None, None, 3]),
           mode=st.sampled_from([None, None, "collocated", "disaggregated", "adaptive"]))
     def submit(self, request, times, timeout, mode):
         prompt, sampling, beam = request
@@ -269,7 +269,7 @@ def run_machine(machine, examples, **options):
 
 
 @pytest.mark.parametrize(("machine", "examples", "expected"),
-                         [(PipelineMachine, 150, EVERY_MOVE), (LosingMachine, 150, EVERY_LOSS)])
+                         [(PipelineMachine, 220, EVERY_MOVE), (LosingMachine, 180, EVERY_LOSS)])
 def test_any_order_of_requests_and_faults_leaves_nothing_behind(machine, examples, expected):
     made = run_machine(machine, examples, derandomize=True)
     assert expected <= set(made), f"never happened: {expected - set(made)}"
