@@ -9,8 +9,10 @@ one, by its chance, and those beside it, by how much theirs grows.
 from __future__ import annotations
 
 import math
+import sys
 from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import erfc, log
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from nanopd.router.length_predictor import LengthPredictor
 from nanopd.router.routing import Decision, Ended, Question, Route, Score, WorkerView
 
 SHORTLIST = 5  # workers that are looked at for a part of a request, where there are more
-TOLD = 4  # pairs of which a decision tells, the best ones
+TOLD = 3  # pairs of which a decision tells, the best ones
 ALIKE = 1e-6  # seconds, or missed SLOs: routes that differ by less are as good as each other
 SMALL = 0.02  # share of the time for an answer's tokens, below which its length does not matter for what comes on top
 LEAST_RATE = 1e-3  # prompts a second, below which there are none
@@ -39,15 +41,13 @@ class Length(NamedTuple):
     thirds: tuple[float, float, float]
 
 
-class Place(NamedTuple):
-    """A worker as the request finds it."""
+class Running(NamedTuple):
+    """A worker as the request finds it, and what it decodes."""
 
-    worker: WorkerView
     does_all: bool  # it may compute prompts and write answers, of whichever requests
-    cached: int  # tokens of the prompt
     decodes: int
     contexts: int
-    step: float  # seconds of all that it decodes now; 0 where there is nothing
+    step: float  # seconds of all of it; 0 where there is nothing
     slower: float  # by which share prompts to come lengthen its steps
 
 
@@ -99,12 +99,12 @@ class Spread:
         if measured > 0 and expected > 0:
             keep = 1 - 1 / self.MEMORY
             self._weight = self._weight * keep + 1
-            self._squares = self._squares * keep + min(abs(math.log(measured / expected)), 1.5) ** 2
+            self._squares = self._squares * keep + min(abs(log(measured / expected)), 1.5) ** 2
             self.deviation = max(math.sqrt(self._squares / self._weight), 0.02)
 
     def chance_above(self, bound: float, expected: float) -> float:
         """Probability that the time is longer than `bound`. Both above 0."""
-        return math.erfc(math.log(bound / expected) / (self.deviation * ROOT_2)) / 2
+        return erfc(log(bound / expected) / (self.deviation * ROOT_2)) / 2
 
 
 class CostRouter:
@@ -141,6 +141,8 @@ class CostRouter:
         self._lengths: dict[tuple[int, int], tuple[int, Length]] = {}  # and how many answers it was made from
         self._routes: dict[tuple[str, str], Route] = {}
         self._links: dict[tuple[str | None, str | None], TransferCost] = {}
+        self._quickest = TransferCost("any", "any", "any", min((link.latency_seconds for link in cost.transfers), default=0.0),
+                                      max((link.bytes_per_second for link in cost.transfers), default=sys.float_info.max))
         self._batches: dict[int, float] = {}  # seconds of a step of so many decodes, without their contexts
 
     # ------------------------------------------------------------------------------------------- the choice
@@ -148,13 +150,17 @@ class CostRouter:
     def choose(self, question: Question, workers: Sequence[WorkerView]) -> Decision | None:
         length = self._length(question)
         both, first, second = self._shortlists(length, workers)
-        places = {worker_id: self._place(worker) for worker_id, worker in (both | first | second).items()}
-        prompts = {worker_id: self._prompt(question, length, places[worker_id]) for worker_id in both | first}
-        writings = {worker_id: self._writing(question, length, places[worker_id]) for worker_id in both | second}
+        running = {worker_id: self._running(worker) for worker_id, worker in (both | first | second).items()}
+        prompts = {worker_id: self._prompt(question, length, worker, running[worker_id])
+                   for worker_id, worker in (both | first).items()}
+        writings = {worker_id: self._writing(question, length, worker, running[worker_id])
+                    for worker_id, worker in (both | second).items()}
         scores = self._best_pairs(question, length, [prompts[each] for each in first], [writings[each] for each in second])
-        if question.written:  # one that does all computes that too
-            prompts = {worker_id: self._prompt(question, length, places[worker_id], question.written) for worker_id in both}
-        scores += [self._collocated(question, length, prompts[worker_id], writings[worker_id]) for worker_id in both]
+        for worker_id, worker in both.items():
+            prompt = prompts[worker_id]
+            if question.written:  # one that does all computes that too
+                prompt = self._prompt(question, length, worker, running[worker_id], question.written)
+            scores.append(self._collocated(question, length, prompt, writings[worker_id]))
         if not scores:
             return None
         scores.sort(key=OBJECTIVE)
@@ -182,32 +188,37 @@ class CostRouter:
                 for worker in workers]
 
     def _best_pairs(self, question: Question, length: Length, prompts: Sequence[Prompt], writings: Sequence[Writing]) -> list[Score]:
-        """Of every two workers their objective is reckoned as if nothing made this request late that they don't do by
-        themselves. Scores, which tell all, are made of the best by that, until no other can be among the best.
-
-        Where TPOTs are promised, one of the two keeps to its part: who writes where any prompt may come is not safe.
+        """Scores of the best. All pairs are compared by what they cost at least: with the quickest link, and with nothing that
+        makes this request late but what either worker does by itself. Scores, which tell all, are made of the best by that,
+        until no other can be among the best.
         """
-        waited, others, slo = question.now - question.arrival, self.others, self.slo
-        tie_break = self._tie_break(length)
-        pairs: list[tuple[float, int, Prompt, Writing, float, float]] = []
-        for prompt in prompts:
-            for writing in writings:
-                if prompt.worker_id != writing.worker_id and (slo is None or not (prompt.does_all and writing.does_all)):
-                    queue, transfer = self._between(prompt, writing)
-                    least = (waited + queue + prompt.prefill + transfer + writing.asking + self.message_seconds
-                             + writing.decode * (1 + writing.slower) + others * (prompt.others + writing.others))
-                    if slo is not None:
-                        least = (1 - prompt.in_time * writing.in_time + others * (prompt.misses + writing.misses)
-                                 + tie_break * least)
-                    pairs.append((least, len(pairs), prompt, writing, queue, transfer))
-        pairs.sort()
         best: list[Score] = []
-        for least, _, prompt, writing, queue, transfer in pairs:
+        for least, prompt, writing in sorted(self._pairs(question, length, prompts, writings), key=LEAST):
             if len(best) == TOLD and best[-1].objective <= least + ALIKE:
                 break
-            insort(best, self._pair(question, length, prompt, writing, queue, transfer), key=OBJECTIVE)
+            insort(best, self._pair(question, length, prompt, writing), key=OBJECTIVE)
             del best[TOLD:]
         return best
+
+    def _pairs(self, question: Question, length: Length, prompts: Sequence[Prompt],
+               writings: Sequence[Writing]) -> Iterator[tuple[float, Prompt, Writing]]:
+        """Of two workers each, and their least objective. Where TPOTs are promised, one of the two keeps to its part: who writes
+        where any prompt may come is not safe."""
+        waited, others, slo, tie_break = question.now - question.arrival, self.others, self.slo, self._tie_break(length)
+        fewest_bytes = min((writing.num_bytes for writing in writings), default=0)
+        halves = [(writing, writing.worker_id, writing.wait + writing.asking, others * writing.misses, writing.in_time,
+                   writing.asking + writing.decode * (1 + writing.slower) + others * writing.others) for writing in writings]
+        for prompt in prompts:
+            does_all = slo is not None and prompt.does_all
+            queue, misses, in_time = prompt.queue, others * prompt.misses, prompt.in_time
+            first = (waited + prompt.prefill + self.message_seconds + others * prompt.others
+                     + self._quickest.exposed_seconds(fewest_bytes, prompt.prefill, self.cost.shape.num_layers))
+            for writing, worker_id, room, more_misses, keeps_up, second in halves:
+                if worker_id != prompt.worker_id and not (does_all and writing.does_all):
+                    least = first + second + (queue if queue > room else room)
+                    if slo is not None:
+                        least = 1 - in_time * keeps_up + misses + more_misses + tie_break * least
+                    yield least, prompt, writing
 
     def ended(self, answer: Ended) -> None:
         """Learn from an answer how long answers are, and from its times how good forecasts are."""
@@ -235,7 +246,8 @@ class CostRouter:
         return self._score(question, length, self._route(prompt.worker_id, writing.worker_id), terms,
                            writing.decode * (1 + writing.slower), 0.0, misses, in_time)
 
-    def _pair(self, question: Question, length: Length, prompt: Prompt, writing: Writing, queue: float, transfer: float) -> Score:
+    def _pair(self, question: Question, length: Length, prompt: Prompt, writing: Writing) -> Score:
+        queue, transfer = self._between(prompt, writing)
         handover = writing.asking + self.message_seconds
         terms = {"waited": question.now - question.arrival, "queue": queue, "prefill": prompt.prefill, "transfer": transfer,
                  "handover": handover, "decode": writing.decode, "interference": writing.decode * writing.slower,
@@ -281,22 +293,22 @@ class CostRouter:
 
     # -------------------------------------------------------------------------------- what the scores are made of
 
-    def _place(self, worker: WorkerView) -> Place:
+    def _running(self, worker: WorkerView) -> Running:
         _, _, decodes, contexts = worker.running
-        step = self._step(decodes, contexts) if decodes else 0.0
-        cached = worker.cached_tokens if self.reads_prefixes else 0
         does_all = worker.role == "C" and worker.worker_id not in self.parts
-        return Place(worker, does_all, cached, decodes, contexts, step, self._slower(worker, decodes, contexts))
+        return Running(does_all, decodes, contexts, self._step(decodes, contexts) if decodes else 0.0,
+                       self._slower(worker, decodes, contexts))
 
-    def _prompt(self, question: Question, length: Length, place: Place, written: int = 0) -> Prompt:
+    def _prompt(self, question: Question, length: Length, worker: WorkerView, running: Running, written: int = 0) -> Prompt:
         """On a worker, whoever writes the answer. It holds up those that are written there. `written`: tokens that are computed
         with it."""
-        worker, does_all, cached, decodes, contexts, step, slower = place
+        does_all, decodes, _, step, slower = running
         room = max(self.chunk_tokens - decodes, 1)  # for prompts, in a step
-        queue = self._queue(question, place, room)
+        queue = self._queue(question, worker, running, room)
+        cached = worker.cached_tokens if self.reads_prefixes else 0
         new = question.prompt_len + written - cached
         steps = -(-new // room)
-        prefill = steps * self.cost.seconds(new / steps, attended_pairs(new, cached) / steps, decodes, contexts)
+        prefill = self._prefill_seconds(new, attended_pairs(new, cached), steps, running)
         delay = misses = 0.0
         if decodes:
             queue = max(queue, step / 2)
@@ -305,27 +317,32 @@ class CostRouter:
                 now, above = step * (1 + slower), self.tpot_spread.chance_above
                 misses = decodes * (above(self.slo.tpot, now + delay / length.steps) - above(self.slo.tpot, now))
         in_time = self._in_time(question.now - question.arrival + queue + prefill) if self.slo is not None else 1.0
-        return Prompt(worker.worker_id, worker.device, does_all, queue, prefill, delay, worker.sending_tokens, decodes * delay,
-                      misses, in_time)
+        return Prompt(worker.worker_id, worker.device, does_all, queue, prefill, delay, worker.sending_tokens,
+                      decodes * delay, misses, in_time)
 
-    def _queue(self, question: Question, place: Place, room: int) -> float:
+    def _queue(self, question: Question, worker: WorkerView, running: Running, room: int) -> float:
         """Seconds until the prompts before this one are computed."""
-        tokens, pairs, _, _ = place.worker.queued
+        tokens, pairs, _, _ = worker.queued
         if not tokens:
             return 0.0
-        steps = -(-tokens // room)
-        seconds = steps * self.cost.seconds(tokens / steps, pairs / steps, place.decodes, place.contexts)
-        return max(0.0, seconds - (question.now - place.worker.queued_since))
+        return max(0.0, self._prefill_seconds(tokens, pairs, -(-tokens // room), running) - (question.now - worker.queued_since))
 
-    def _writing(self, question: Question, length: Length, place: Place) -> Writing:
-        worker, does_all, cached, decodes, contexts, step, slower = place
+    def _prefill_seconds(self, tokens: int, pairs: float, steps: int, running: Running) -> float:
+        """In so many steps, with what is decoded there."""
+        _, decodes, contexts, step, _ = running
+        if not decodes:
+            return steps * self.cost.prefill.seconds(tokens / steps, pairs / steps)
+        return steps * self.cost.beside_seconds(tokens / steps, pairs / steps, decodes, contexts, step)
+
+    def _writing(self, question: Question, length: Length, worker: WorkerView, running: Running) -> Writing:
+        does_all, decodes, contexts, step, slower = running
         num_answers, prompt_len, batch = question.num_answers, question.prompt_len, worker.seats
         if batch != decodes:  # those that have yet to begin have prompts like this one, for all one knows
             contexts += (batch - decodes) * prompt_len
             step = self._step(batch, contexts)
         context = prompt_len + (question.written + length.mean) / 2
         after = self._step(batch + num_answers, contexts + num_answers * context)
-        sent, steps = prompt_len - cached, length.steps
+        sent, steps = prompt_len - (worker.cached_tokens if self.reads_prefixes else 0), length.steps
         lacking, waiting = sent - worker.free_tokens, num_answers - worker.free_seats
         wait = late = misses = 0.0
         if batch and (lacking > 0 or waiting > 0):  # each that is there stays for its length, and leaves its seat and its context
@@ -338,8 +355,8 @@ class CostRouter:
             if batch:
                 late = batch * above(bound, step * (1 + slower))
                 misses = batch * too_slow - late
-        return Writing(worker.worker_id, worker.device, does_all, sent * self.cost.shape.kv_bytes_per_token, wait, step / 2,
-                       steps * after, slower, batch, then, late, batch * steps * (after - step), misses, in_time)
+        return Writing(worker.worker_id, worker.device, does_all, sent * self.cost.shape.kv_bytes_per_token, wait,
+                       step / 2, steps * after, slower, batch, then, late, batch * steps * (after - step), misses, in_time)
 
     def _step(self, decodes: int, contexts: float) -> float:
         """As the cost model says, sooner: the same few batches are asked for all the time."""
@@ -356,8 +373,8 @@ class CostRouter:
         decodes = max(decodes, 1)
         new = tokens / prompts
         steps = max(1.0, new / max(self.chunk_tokens - decodes, 1))
-        longer = steps * (self.cost.seconds(new / steps, attended_pairs(new) / steps, decodes, contexts)
-                          - self._step(decodes, contexts))
+        alone = self._step(decodes, contexts)
+        longer = steps * (self.cost.beside_seconds(new / steps, attended_pairs(new) / steps, decodes, contexts, alone) - alone)
         share = min(max(prompts * longer, 0.0), BUSIEST)  # of the time
         return share / (1 - share)
 
@@ -411,3 +428,4 @@ def _least(looks: list[tuple[float, float, WorkerView]], by: int) -> list[Worker
 
 
 OBJECTIVE = attrgetter("objective")
+LEAST = itemgetter(0)
