@@ -169,9 +169,10 @@ class CostRouter:
     def _shortlists(self, length: Length, workers: Sequence[WorkerView]) -> tuple[dict[str, WorkerView], ...]:
         """By id, the open workers that promise most: for all of the request, for its prompt, and for its answer."""
         able: dict[str, list[WorkerView]] = {"C": [], "P": [], "D": []}
+        parts = self.parts
         for worker in workers:
             if worker.is_open:
-                able[self.parts.get(worker.worker_id, worker.role)].append(worker)
+                able[(parts and parts.get(worker.worker_id)) or worker.role].append(worker)
         both, first, second = able["C"], able["P"], able["D"]
         if self.cost.transfers:  # else only those who are to send and receive do so
             first, second = both + first, both + second
@@ -184,8 +185,11 @@ class CostRouter:
     def _looks(self, length: Length, workers: Sequence[WorkerView]) -> list[tuple[float, float, WorkerView]]:
         """What is in the way there, roughly, in seconds: of all that is to be done, and of the answer alone."""
         token, sequence = self.cost.prefill.token_seconds, length.mean * self.cost.decode.sequence_seconds
-        return [((busy := worker.queued[0] * token + worker.seats * sequence) - worker.cached_tokens * token, busy, worker)
-                for worker in workers]
+        looks = []
+        for worker in workers:  # of which there may be a thousand
+            busy = worker.queued[0] * token + worker.seats * sequence
+            looks.append((busy - worker.cached_tokens * token, busy, worker))
+        return looks
 
     def _best_pairs(self, question: Question, length: Length, prompts: Sequence[Prompt], writings: Sequence[Writing]) -> list[Score]:
         """Scores of the best. All pairs are compared by what they cost at least: with the quickest link, and with nothing that
