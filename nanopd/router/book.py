@@ -35,8 +35,8 @@ class Book:
         self.prefixes = PrefixIndex(num_blocks)
         self.pages: dict[str, Page] = {}
         self.total = Page()
-        self._queue_work: StepWork | None = StepWork()  # of the total, until that changes
-        self._running: StepWork | None = StepWork()
+        self.queue_work = StepWork()  # all that is queued
+        self._running: StepWork | None = StepWork()  # until it changes
         self.queued_since = -math.inf
         self._recent_prompts = self._recent_tokens = 0.0
         self._recent_until = -math.inf
@@ -64,7 +64,7 @@ class Book:
         page.queued, page.pairs = new_tokens, attended_pairs(new_tokens, cached_tokens)
         total.queued += page.queued
         total.pairs += page.pairs
-        self._queue_work = None
+        self.queue_work = StepWork(total.queued, total.pairs)
         fading = self._fading(now)
         self._recent_prompts = self._recent_prompts * fading + 1
         self._recent_tokens = self._recent_tokens * fading + new_tokens
@@ -77,7 +77,7 @@ class Book:
             total.queued -= page.queued
             total.pairs -= page.pairs
             page.queued, page.pairs = 0, 0.0
-            self._queue_work = None
+            self.queue_work = StepWork(total.queued, total.pairs)
             self.queued_since = now
 
     def send(self, job: str, tokens: int) -> None:
@@ -121,7 +121,7 @@ class Book:
             total = self.total
             for name in FIELDS:
                 setattr(total, name, getattr(total, name) - getattr(page, name))
-            self._queue_work = self._running = None
+            self.queue_work, self._running = StepWork(total.queued, total.pairs), None
 
     def _page(self, job: str) -> Page:
         page = self.pages.get(job)
@@ -130,12 +130,6 @@ class Book:
         return page
 
     # ------------------------------------------------------------------------------------------ what is asked
-
-    @property
-    def queue_work(self) -> StepWork:
-        if self._queue_work is None:
-            self._queue_work = StepWork(self.total.queued, self.total.pairs)
-        return self._queue_work
 
     @property
     def running(self) -> StepWork:

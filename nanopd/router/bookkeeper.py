@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nanopd.router.book import Book
 from nanopd.router.entry import Entry, Stage
 from nanopd.router.fleet import Fleet
 from nanopd.router.prefix_index import hash_prompt
@@ -28,10 +27,10 @@ class Bookkeeper:
             entry.hashes = hash_prompt(entry.request.prompt_token_ids, self.block_size) if self.fleet.prefix_blocks else []
         return entry.hashes
 
-    def cached_tokens(self, book: Book, hashes: list[int], prompt_len: int) -> int:
-        """How many of a prompt's first tokens a worker has probably kept. Never the last: that is run again."""
-        num_blocks = book.prefixes.match(hashes)
-        return num_blocks and min(num_blocks, (prompt_len - 1) // self.block_size) * self.block_size
+    def cached_tokens(self, num_blocks: int, prompt_len: int) -> int:
+        """How many of a prompt's first tokens a worker has kept that has so many blocks of it. Never the last: that is run
+        again."""
+        return min(num_blocks, (prompt_len - 1) // self.block_size) * self.block_size
 
     # --------------------------------------------------------------------------------------- a request's way
 
@@ -92,7 +91,7 @@ class Bookkeeper:
 
     def _queue(self, entry: Entry, worker_id: str, num_written: int = 0) -> None:
         book, hashes, prompt_len = self.fleet.workers[worker_id].book, self.hashes(entry), len(entry.request.prompt_token_ids)
-        cached = self.cached_tokens(book, hashes, prompt_len)
+        cached = self.cached_tokens(book.prefixes.match(hashes), prompt_len)
         book.queue(entry.job, prompt_len + num_written - cached, cached, self.clock())
         book.prefixes.add(hashes)
 

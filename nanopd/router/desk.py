@@ -64,8 +64,8 @@ class View:
 
     @property
     def cached_tokens(self) -> int:
-        desk = self._desk
-        return desk.books.cached_tokens(self._book, desk.hashes, desk.prompt_len) if desk.hashes else 0
+        num_blocks = self._book.prefixes.match(self._desk.hashes)
+        return num_blocks and self._desk.books.cached_tokens(num_blocks, self._desk.prompt_len)
 
     @property
     def prompts_per_second(self) -> tuple[float, float]:
