@@ -155,12 +155,13 @@ class CostRouter:
                    for worker_id, worker in (both | first).items()}
         writings = {worker_id: self._writing(question, length, worker, running[worker_id])
                     for worker_id, worker in (both | second).items()}
-        scores = self._best_pairs(question, length, [prompts[each] for each in first], [writings[each] for each in second])
+        scores = []
         for worker_id, worker in both.items():
             prompt = prompts[worker_id]
             if question.written:  # one that does all computes that too
                 prompt = self._prompt(question, length, worker, running[worker_id], question.written)
             scores.append(self._collocated(question, length, prompt, writings[worker_id]))
+        scores += self._best_pairs(question, length, [prompts[each] for each in first], [writings[each] for each in second])
         if not scores:
             return None
         scores.sort(key=OBJECTIVE)
@@ -175,11 +176,11 @@ class CostRouter:
                 able[(parts and parts.get(worker.worker_id)) or worker.role].append(worker)
         both, first, second = able["C"], able["P"], able["D"]
         if self.cost.transfers:  # else only those who are to send and receive do so
-            first, second = both + first, both + second
+            first, second = first + both, second + both
         if max(len(both), len(first), len(second)) > SHORTLIST:
             looks = {role: self._looks(length, those) for role, those in able.items()}
             soft = looks["C"] if self.cost.transfers else []
-            both, first, second = _least(looks["C"], 0), _least(soft + looks["P"], 0), _least(soft + looks["D"], 1)
+            both, first, second = _least(looks["C"], 0), _least(looks["P"] + soft, 0), _least(looks["D"] + soft, 1)
         return tuple({worker.worker_id: worker for worker in those} for those in (both, first, second))
 
     def _looks(self, length: Length, workers: Sequence[WorkerView]) -> list[tuple[float, float, WorkerView]]:

@@ -187,7 +187,7 @@ class Fleet:
 
     def _sort(self) -> None:
         """Workers by role, after a change: that is rare, and who is there is asked for with every request."""
-        self.roles = {worker.role for worker in self.workers.values()} | self.losses.keys()  # that there are, or were before a loss
+        self.roles = {worker.role for worker in self.workers.values()} - {""} | self.losses.keys()  # those before a loss too
         self._takers = {}
         for worker_id, worker in self.workers.items():
             if worker.next_role is None:
