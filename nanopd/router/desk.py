@@ -113,6 +113,9 @@ class Desk:
         if decision is None:
             return None
         self._check(decision)
+        decision = self._without_circle(decision)
+        if decision is None:
+            return None
         entry.timeline.question, entry.timeline.decision = question, decision
         return decision.route
 
@@ -139,6 +142,13 @@ class Desk:
                 if "C" in roles or len(roles) == 2:
                     return True
         return False
+
+    def _without_circle(self, decision: Decision) -> Decision | None:
+        """The route, or the best one scored where its workers would wait for each other; see `Fleet.may_pair`. None: later."""
+        for route in (decision.route, *(score.route for score in decision.scores)):
+            if route.mode == "collocated" or self.fleet.may_pair(route.prefill, route.decode):
+                return decision if route == decision.route else Decision(route, decision.scores)
+        return None
 
     def _check(self, decision: Decision) -> None:
         route = getattr(decision, "route", None)

@@ -48,6 +48,12 @@ class WorkerState:
     def load(self) -> int:
         return self.book.total.seats + len(self.writes)
 
+    @property
+    def awaits(self) -> bool:
+        """Whether it keeps room for answers whose prompts are computed elsewhere."""
+        pages = self.book.pages
+        return any(page.seats and not (page.queued or page.decodes) for page in map(pages.__getitem__, self.answers))
+
     def can(self, role: str) -> bool:
         """Whether a router may give it that part of a request: a collocated worker can do either part for another one too."""
         return self.role in (role, "C") and self.next_role is None
@@ -94,9 +100,9 @@ class Fleet:
             self.send(destination.worker_id, ReleaseLease(destination.lease_id, holder))
 
     def choose(self, role: str, num_answers: int = 1, wanted: str | None = None) -> str | None:
-        """The least loaded worker of a role among those that may have room; None if there is none. The one that is wanted, if
-        it can do that."""
-        if wanted in self.workers and self.workers[wanted].can(role):
+        """The least loaded worker of a role among those that may have room; None if there is none. The one that is wanted to
+        compute a prompt, if it can do that."""
+        if wanted in self.workers and self.workers[wanted].can(role) and not self.workers[wanted].awaits:
             return wanted
         chosen, least = None, self._room[role] - num_answers + 1
         for worker_id, worker in self._takers.get(role, {}).items():  # of which there may be a thousand
@@ -110,6 +116,11 @@ class Fleet:
         """Whether a worker may be given a request, in the role that it has."""
         return (worker.next_role is None and worker.refused_at != worker.news
                 and worker.book.total.seats + len(worker.writes) + num_answers <= self._room.get(worker.role, 0))
+
+    def may_pair(self, prefill: str, decode: str) -> bool:
+        """Whether one worker may now compute a prompt for another. None both keeps room for others and computes for others: in a
+        circle of such workers each could wait for room that the next one keeps, for ever."""
+        return not self.workers[prefill].awaits and not self.workers[decode].writes
 
     def seat(self, worker_id: str, job: str, num_answers: int) -> None:
         """The worker is to write so many answers of a job."""
