@@ -187,11 +187,14 @@ class CostModel:
     def _step_seconds(self, prompt_tokens: float, pairs: float, decodes: float, context_tokens: float) -> float:
         if not prompt_tokens:
             return self.decode.seconds(decodes, context_tokens) if decodes else 0.0
-        seconds = self.prefill.seconds(prompt_tokens + decodes, pairs)
         if not decodes:
-            return seconds
-        # What is fitted to few rows may say that a prompt speeds decodes up.
-        return max(seconds + self.mixed.seconds(decodes, context_tokens), self.decode.seconds(decodes, context_tokens))
+            return self.prefill.seconds(prompt_tokens, pairs)
+        return self.beside_seconds(prompt_tokens, pairs, decodes, context_tokens, self.decode.seconds(decodes, context_tokens))
+
+    def beside_seconds(self, prompt_tokens: float, pairs: float, decodes: float, context_tokens: float, alone: float) -> float:
+        """One step with a prompt's tokens and decodes, where it is known what these take alone."""
+        seconds = self.prefill.seconds(prompt_tokens + decodes, pairs) + self.mixed.seconds(decodes, context_tokens)
+        return seconds if seconds > alone else alone  # what is fitted to few rows may say that a prompt speeds decodes up
 
     def request(self, new_tokens: int, cached_tokens: int, output_tokens: float, running: StepWork = NOTHING,
                 chunk_tokens: int | None = None) -> RequestCost:

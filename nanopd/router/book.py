@@ -35,6 +35,8 @@ class Book:
         self.prefixes = PrefixIndex(num_blocks)
         self.pages: dict[str, Page] = {}
         self.total = Page()
+        self.queue_work = StepWork()  # all that is queued
+        self._running: StepWork | None = StepWork()  # until it changes
         self.queued_since = -math.inf
         self._recent_prompts = self._recent_tokens = 0.0
         self._recent_until = -math.inf
@@ -62,6 +64,7 @@ class Book:
         page.queued, page.pairs = new_tokens, attended_pairs(new_tokens, cached_tokens)
         total.queued += page.queued
         total.pairs += page.pairs
+        self.queue_work = StepWork(total.queued, total.pairs)
         fading = self._fading(now)
         self._recent_prompts = self._recent_prompts * fading + 1
         self._recent_tokens = self._recent_tokens * fading + new_tokens
@@ -74,6 +77,7 @@ class Book:
             total.queued -= page.queued
             total.pairs -= page.pairs
             page.queued, page.pairs = 0, 0.0
+            self.queue_work = StepWork(total.queued, total.pairs)
             self.queued_since = now
 
     def send(self, job: str, tokens: int) -> None:
@@ -88,6 +92,7 @@ class Book:
         page.decodes, page.contexts = answers, contexts
         total.decodes += answers
         total.contexts += contexts
+        self._running = None
 
     def grow(self, job: str) -> None:
         """One of its answers has a token more."""
@@ -96,6 +101,7 @@ class Book:
         page.held += 1
         total.contexts += 1
         total.held += 1
+        self._running = None
 
     def end(self, job: str, context: int, written: int) -> None:
         """One of its answers has ended."""
@@ -106,6 +112,7 @@ class Book:
         total.decodes -= 1
         total.contexts -= context
         total.held -= written
+        self._running = None
 
     def close(self, job: str) -> None:
         """The worker has nothing to do with a job any more. No effect where it never had."""
@@ -114,6 +121,7 @@ class Book:
             total = self.total
             for name in FIELDS:
                 setattr(total, name, getattr(total, name) - getattr(page, name))
+            self.queue_work, self._running = StepWork(total.queued, total.pairs), None
 
     def _page(self, job: str) -> Page:
         page = self.pages.get(job)
@@ -124,13 +132,11 @@ class Book:
     # ------------------------------------------------------------------------------------------ what is asked
 
     @property
-    def queue_work(self) -> StepWork:
-        return StepWork(self.total.queued, self.total.pairs)
-
-    @property
     def running(self) -> StepWork:
         """A step of all that is being written: the token that each is about to run is in its context."""
-        return StepWork(0, 0.0, self.total.decodes, self.total.contexts)
+        if self._running is None:
+            self._running = StepWork(0, 0.0, self.total.decodes, self.total.contexts)
+        return self._running
 
     def prompts_per_second(self, now: float) -> tuple[float, float]:
         """Prompts that were lately to be computed here, and their new tokens."""

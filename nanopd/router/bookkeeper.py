@@ -27,11 +27,9 @@ class Bookkeeper:
             entry.hashes = hash_prompt(entry.request.prompt_token_ids, self.block_size) if self.fleet.prefix_blocks else []
         return entry.hashes
 
-    def cached_tokens(self, worker_id: str, hashes: list[int], prompt_len: int) -> int:
-        """How many of a prompt's first tokens a worker has probably kept. Never the last: that is run again."""
-        if not hashes:
-            return 0
-        num_blocks = self.fleet.workers[worker_id].book.prefixes.match(hashes)
+    def cached_tokens(self, num_blocks: int, prompt_len: int) -> int:
+        """How many of a prompt's first tokens a worker has kept that has so many blocks of it. Never the last: that is run
+        again."""
         return min(num_blocks, (prompt_len - 1) // self.block_size) * self.block_size
 
     # --------------------------------------------------------------------------------------- a request's way
@@ -93,7 +91,7 @@ class Bookkeeper:
 
     def _queue(self, entry: Entry, worker_id: str, num_written: int = 0) -> None:
         book, hashes, prompt_len = self.fleet.workers[worker_id].book, self.hashes(entry), len(entry.request.prompt_token_ids)
-        cached = self.cached_tokens(worker_id, hashes, prompt_len)
+        cached = self.cached_tokens(book.prefixes.match(hashes), prompt_len)
         book.queue(entry.job, prompt_len + num_written - cached, cached, self.clock())
         book.prefixes.add(hashes)
 

@@ -2,27 +2,32 @@
 
 Every collocated worker is scored, and every pair of one that computes the prompt and another that writes the answer: prefill
 and decode workers, and collocated ones, which can do either part. See `Score`. Without an SLO, what counts is the request's own
-time and, as much, what it takes from others. With one it is how many requests are expected to miss it: this one, by its
-chance, and those beside it, by how much theirs grows.
+time and, as much, what it takes from others. With one it is how many requests are expected to miss it: this
+one, by its chance, and those beside it, by how much theirs grows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from heapq import nsmallest
-from operator import itemgetter
+import sys
+from bisect import insort
+from collections.abc import Iterator, Mapping, Sequence
+from math import erfc, log
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 from nanopd.config import SLO, ConfigError
-from nanopd.cost_model.analytical import CostModel, StepWork, TransferCost, attended_pairs
+from nanopd.cost_model.analytical import CostModel, TransferCost, attended_pairs
 from nanopd.router.length_predictor import LengthPredictor
 from nanopd.router.routing import Decision, Ended, Question, Route, Score, WorkerView
 
-SHORTLIST = 4  # workers of a role that are scored, where there are more
+SHORTLIST = 5  # workers that are looked at for a part of a request, where there are more
+TOLD = 3  # pairs of which a decision tells, the best ones
+ALIKE = 1e-6  # seconds, or missed SLOs: routes that differ by less are as good as each other
 SMALL = 0.02  # share of the time for an answer's tokens, below which its length does not matter for what comes on top
 LEAST_RATE = 1e-3  # prompts a second, below which there are none
 BUSIEST = 0.9  # share of its time that a worker can give to prompts while it decodes
+ROOT_2 = math.sqrt(2)
 FEW = 64  # a forecast of length is good until 1/64 more answers have ended
 TIE_BREAK = 0.01  # missed SLOs that a second's worth of each bound counts as
 
@@ -36,13 +41,14 @@ class Length(NamedTuple):
     thirds: tuple[float, float, float]
 
 
-class Beside(NamedTuple):
-    """What decodes mean for the prompts that share their steps."""
+class Running(NamedTuple):
+    """A worker as the request finds it, and what it decodes."""
 
+    does_all: bool  # it may compute prompts and write answers, of whichever requests
     decodes: int
-    step: float  # seconds, without a prompt
-    extra: float  # seconds that they add to a step with one, besides being tokens of it
-    room: int  # for tokens of prompts
+    contexts: int
+    step: float  # seconds of all of it; 0 where there is nothing
+    slower: float  # by which share prompts to come lengthen its steps
 
 
 class Prompt(NamedTuple):
@@ -50,11 +56,14 @@ class Prompt(NamedTuple):
 
     worker_id: str
     device: str | None
+    does_all: bool
     queue: float
     prefill: float
+    delay: float  # of each answer that is written there
     sending: int  # tokens of other prompts whose KV has yet to leave
     others: float  # what those that write there have to wait for it
     misses: float  # how many more of those will miss the SLO
+    in_time: float  # chance of a first token within the SLO, if nothing else delays it
 
 
 class Writing(NamedTuple):
@@ -62,58 +71,18 @@ class Writing(NamedTuple):
 
     worker_id: str
     device: str | None
+    does_all: bool
+    num_bytes: int  # of the prompt's KV that are not there
     wait: float  # for room
-    step: float  # of those that are there
+    asking: float  # until it reads its mail, between two steps
     decode: float  # all of this answer's steps
     slower: float  # by which share prompts to come lengthen them
-    others: float  # what those that are there have to wait for them
-    misses: float  # how many more of those will miss the SLO
-    sent: int  # tokens of the prompt that are not there
-
-
-class Option(NamedTuple):
-    """A route with what makes up its score: quicker to make, and most scores are never looked at. Seconds."""
-
-    objective: float
-    prefilling: str  # worker ids
-    decoding: str
-    waited: float
-    queue: float
-    prefill: float
-    transfer: float
-    handover: float
-    decode: float
-    interference: float
-    others: float
-    steps: float
-
-    @property
-    def route(self) -> Route:
-        return Route(self.prefilling, self.decoding)
-
-    def score(self) -> Score:
-        terms = {"waited": self.waited, "queue": self.queue, "prefill": self.prefill}
-        if self.prefilling != self.decoding:
-            terms |= {"transfer": self.transfer, "handover": self.handover}
-        terms |= {"decode": self.decode, "interference": self.interference}
-        ttft = self.waited + self.queue + self.prefill
-        after = self.transfer + self.handover + self.decode + self.interference
-        return Score(self.route, terms | {"others": self.others}, ttft, after / self.steps, ttft + after, self.objective)
-
-
-class Scores(Sequence[Score]):
-    """The scores of options, made as they are asked for."""
-
-    __slots__ = ("_options",)
-
-    def __init__(self, options: list[Option]) -> None:
-        self._options = options
-
-    def __len__(self) -> int:
-        return len(self._options)
-
-    def __getitem__(self, index: int) -> Score:
-        return self._options[index].score()
+    batch: int  # answers that are there
+    then: float  # seconds for each of their tokens, with this one beside them
+    late: float  # how many of them miss the SLO without it
+    others: float  # what they have to wait for it
+    misses: float  # how many more of them will miss the SLO
+    in_time: float  # chance of tokens within the SLO, if nothing comes between the first and the second
 
 
 class Spread:
@@ -124,26 +93,18 @@ class Spread:
 
     def __init__(self, guess: float) -> None:
         self._weight, self._squares = self.FIRST_GUESS_COUNTS, self.FIRST_GUESS_COUNTS * guess * guess
-        self._settle()
-
-    def _settle(self) -> None:
-        self.deviation = max(math.sqrt(self._squares / self._weight), 0.02)
-        self._scale = 1 / (self.deviation * math.sqrt(2))
-        self._most = math.exp(5 * self.deviation)  # beyond five deviations a chance is as good as 0 or 1
+        self.deviation = guess
 
     def learn(self, measured: float, expected: float) -> None:
         if measured > 0 and expected > 0:
             keep = 1 - 1 / self.MEMORY
             self._weight = self._weight * keep + 1
-            self._squares = self._squares * keep + min(abs(math.log(measured / expected)), 1.5) ** 2
-            self._settle()
+            self._squares = self._squares * keep + min(abs(log(measured / expected)), 1.5) ** 2
+            self.deviation = max(math.sqrt(self._squares / self._weight), 0.02)
 
     def chance_above(self, bound: float, expected: float) -> float:
         """Probability that the time is longer than `bound`. Both above 0."""
-        room = bound / expected
-        if room > self._most:
-            return 0.0
-        return math.erfc(math.log(room) * self._scale) / 2 if room * self._most > 1 else 1.0
+        return erfc(log(bound / expected) / (self.deviation * ROOT_2)) / 2
 
 
 class CostRouter:
@@ -175,38 +136,94 @@ class CostRouter:
         self.others = others
         self.reads_prefixes = reads_prefixes
         self.ttft_spread, self.tpot_spread = Spread(spread), Spread(spread)
+        self.parts: Mapping[str, str] = {}  # "P" or "D", by id: of collocated workers that are to do no other
         self._num_ended = 0
         self._lengths: dict[tuple[int, int], tuple[int, Length]] = {}  # and how many answers it was made from
-        self._bytes_per_token, self._num_layers = cost.shape.kv_bytes_per_token, cost.shape.num_layers
-        self._alone = Beside(0, 0.0, 0.0, self.chunk_tokens)
+        self._routes: dict[tuple[str, str], Route] = {}
         self._links: dict[tuple[str | None, str | None], TransferCost] = {}
+        self._quickest = TransferCost("any", "any", "any", min((link.latency_seconds for link in cost.transfers), default=0.0),
+                                      max((link.bytes_per_second for link in cost.transfers), default=sys.float_info.max))
+        self._batches: dict[int, float] = {}  # seconds of a step of so many decodes, without their contexts
 
     # ------------------------------------------------------------------------------------------- the choice
 
     def choose(self, question: Question, workers: Sequence[WorkerView]) -> Decision | None:
         length = self._length(question)
-        able: dict[str, list[WorkerView]] = {"C": [], "P": [], "D": []}  # by part; C: both
+        both, first, second = self._shortlists(length, workers)
+        running = {worker_id: self._running(worker) for worker_id, worker in (both | first | second).items()}
+        prompts = {worker_id: self._prompt(question, length, worker, running[worker_id])
+                   for worker_id, worker in (both | first).items()}
+        writings = {worker_id: self._writing(question, length, worker, running[worker_id])
+                    for worker_id, worker in (both | second).items()}
+        scores = []
+        for worker_id, worker in both.items():
+            prompt = prompts[worker_id]
+            if question.written:  # one that does all computes that too
+                prompt = self._prompt(question, length, worker, running[worker_id], question.written)
+            scores.append(self._collocated(question, length, prompt, writings[worker_id]))
+        scores += self._best_pairs(question, length, [prompts[each] for each in first], [writings[each] for each in second])
+        if not scores:
+            return None
+        scores.sort(key=OBJECTIVE)
+        return Decision(scores[0].route, tuple(scores))
+
+    def _shortlists(self, length: Length, workers: Sequence[WorkerView]) -> tuple[dict[str, WorkerView], ...]:
+        """By id, the open workers that promise most: for all of the request, for its prompt, and for its answer."""
+        able: dict[str, list[WorkerView]] = {"C": [], "P": [], "D": []}
+        parts = self.parts
         for worker in workers:
             if worker.is_open:
-                for part in "CPD" if worker.role == "C" else worker.role:
-                    able[part].append(worker)
+                able[(parts and parts.get(worker.worker_id)) or worker.role].append(worker)
+        both, first, second = able["C"], able["P"], able["D"]
+        if self.cost.transfers:  # else only those who are to send and receive do so
+            first, second = first + both, second + both
+        if max(len(both), len(first), len(second)) > SHORTLIST:
+            looks = {role: self._looks(length, those) for role, those in able.items()}
+            soft = looks["C"] if self.cost.transfers else []
+            both, first, second = _least(looks["C"], 0), _least(looks["P"] + soft, 0), _least(looks["D"] + soft, 1)
+        return tuple({worker.worker_id: worker for worker in those} for those in (both, first, second))
+
+    def _looks(self, length: Length, workers: Sequence[WorkerView]) -> list[tuple[float, float, WorkerView]]:
+        """What is in the way there, roughly, in seconds: of all that is to be done, and of the answer alone."""
         token, sequence = self.cost.prefill.token_seconds, length.mean * self.cost.decode.sequence_seconds
-        options = [self._collocated(question, length, worker) for worker in _shortlist(able["C"], lambda worker: (
-            (worker.queued.prompt_tokens - worker.cached_tokens) * token + worker.seats * sequence))]
-        both = {worker.worker_id for worker in able["C"]}
-        if (len(able["P"]) > len(both) or len(able["D"]) > len(both)) or (len(both) > 1 and self.slo is None):
-            prompts = [self._prompt(question, length, worker) for worker in _shortlist(able["P"], lambda worker: (
-                (worker.queued.prompt_tokens - worker.cached_tokens) * token + worker.running.decodes * sequence))]
-            writings = [self._written_elsewhere(question, length, worker) for worker in _shortlist(able["D"], lambda worker: (
-                worker.seats * sequence + worker.queued.prompt_tokens * token))]
-            # Where TPOTs are promised, one of the two keeps to its part: who writes where any prompt may come is not safe.
-            options += [self._disaggregated(question, length, prompt, writing) for prompt in prompts for writing in writings
-                        if prompt.worker_id != writing.worker_id and (
-                            self.slo is None or prompt.worker_id not in both or writing.worker_id not in both)]
-        if not options:
-            return None
-        options.sort(key=_objective)
-        return Decision(options[0].route, Scores(options))
+        looks = []
+        for worker in workers:  # of which there may be a thousand
+            busy = worker.queued[0] * token + worker.seats * sequence
+            looks.append((busy - worker.cached_tokens * token, busy, worker))
+        return looks
+
+    def _best_pairs(self, question: Question, length: Length, prompts: Sequence[Prompt], writings: Sequence[Writing]) -> list[Score]:
+        """Scores of the best. All pairs are compared by what they cost at least: with the quickest link, and with nothing that
+        makes this request late but what either worker does by itself. Scores, which tell all, are made of the best by that,
+        until no other can be among the best.
+        """
+        best: list[Score] = []
+        for least, prompt, writing in sorted(self._pairs(question, length, prompts, writings), key=LEAST):
+            if len(best) == TOLD and best[-1].objective <= least + ALIKE:
+                break
+            insort(best, self._pair(question, length, prompt, writing), key=OBJECTIVE)
+            del best[TOLD:]
+        return best
+
+    def _pairs(self, question: Question, length: Length, prompts: Sequence[Prompt],
+               writings: Sequence[Writing]) -> Iterator[tuple[float, Prompt, Writing]]:
+        """Of two workers each, and their least objective. Where TPOTs are promised, one of the two keeps to its part: who writes
+        where any prompt may come is not safe."""
+        waited, others, slo, tie_break = question.now - question.arrival, self.others, self.slo, self._tie_break(length)
+        fewest_bytes = min((writing.num_bytes for writing in writings), default=0)
+        halves = [(writing, writing.worker_id, writing.wait + writing.asking, others * writing.misses, writing.in_time,
+                   writing.asking + writing.decode * (1 + writing.slower) + others * writing.others) for writing in writings]
+        for prompt in prompts:
+            does_all = slo is not None and prompt.does_all
+            queue, misses, in_time = prompt.queue, others * prompt.misses, prompt.in_time
+            first = (waited + prompt.prefill + self.message_seconds + others * prompt.others
+                     + self._quickest.exposed_seconds(fewest_bytes, prompt.prefill, self.cost.shape.num_layers))
+            for writing, worker_id, room, more_misses, keeps_up, second in halves:
+                if worker_id != prompt.worker_id and not (does_all and writing.does_all):
+                    least = first + second + (queue if queue > room else room)
+                    if slo is not None:
+                        least = 1 - in_time * keeps_up + misses + more_misses + tie_break * least
+                    yield least, prompt, writing
 
     def ended(self, answer: Ended) -> None:
         """Learn from an answer how long answers are, and from its times how good forecasts are."""
@@ -220,149 +237,168 @@ class CostRouter:
 
     # ------------------------------------------------------------------------------------------- the scores
 
-    def _collocated(self, question: Question, length: Length, worker: WorkerView) -> Option:
-        """Prompts that come later hold the answer up as they have held up others lately, and its own prompt holds up those."""
-        running = worker.running
-        beside = self._beside(running.decodes, running.context_tokens)
-        queue, prefill, num_steps, cached = self._computing(question, worker, question.written, beside)
-        slower = self._slower(worker, beside)
-        delay = prefill - num_steps * beside.step
-        writing = self._writing(question, length, worker, running, cached, delay, slower)
-        queue = max(queue, beside.step / 2) + writing.wait
-        waited, interference = question.now - question.arrival, writing.decode * slower
-        others = beside.decodes * delay + writing.others
-        objective = waited + queue + prefill + writing.decode + interference + self.others * others
-        if self.slo is not None:
-            per_token = (writing.decode + interference) / length.steps
-            objective = self._misses(question, length, waited + queue + prefill, per_token, 0.0, writing.misses, objective)
-        return Option(objective, worker.worker_id, worker.worker_id, waited, queue, prefill, 0.0, 0.0, writing.decode,
-                      interference, others, length.steps)
+    def _collocated(self, question: Question, length: Length, prompt: Prompt, writing: Writing) -> Score:
+        """Of one worker. Prompts that come later hold the answer up as they have held up others lately, and its own prompt
+        holds up those."""
+        terms = {"waited": question.now - question.arrival, "queue": prompt.queue + writing.wait, "prefill": prompt.prefill,
+                 "decode": writing.decode, "interference": writing.decode * writing.slower,
+                 "others": prompt.others + writing.others}
+        misses = 0.0
+        if self.slo is not None and writing.batch:
+            then = writing.then + prompt.delay / length.steps
+            misses = writing.batch * self.tpot_spread.chance_above(self.slo.tpot, then) - writing.late
+        in_time = None if writing.wait else prompt.in_time
+        return self._score(question, length, self._route(prompt.worker_id, writing.worker_id), terms,
+                           writing.decode * (1 + writing.slower), 0.0, misses, in_time)
 
-    def _disaggregated(self, question: Question, length: Length, prompt: Prompt, writing: Writing) -> Option:
-        source, device, queue, prefill, sending, beside, misses_beside = prompt
-        destination, to_device, wait, step, decode, slower, others, misses, sent = writing
-        asking = step / 2  # a worker reads its mail between two steps
-        if queue < wait + asking:
-            queue = wait + asking
-        link = self._links.get((device, to_device)) or self._link(device, to_device)
-        transfer = link.exposed_seconds(sent * self._bytes_per_token, prefill, self._num_layers)
-        if sending:  # what is on its way before this prompt's
-            transfer += max(0.0, sending * self._bytes_per_token / link.bytes_per_second - queue - prefill)
-        handover = asking + self.message_seconds
-        waited, interference, others = question.now - question.arrival, decode * slower, others + beside
-        objective = waited + queue + prefill + transfer + handover + decode + interference + self.others * others
+    def _pair(self, question: Question, length: Length, prompt: Prompt, writing: Writing) -> Score:
+        queue, transfer = self._between(prompt, writing)
+        handover = writing.asking + self.message_seconds
+        terms = {"waited": question.now - question.arrival, "queue": queue, "prefill": prompt.prefill, "transfer": transfer,
+                 "handover": handover, "decode": writing.decode, "interference": writing.decode * writing.slower,
+                 "others": prompt.others + writing.others}
+        in_time = prompt.in_time if queue == prompt.queue else None
+        return self._score(question, length, self._route(prompt.worker_id, writing.worker_id), terms,
+                           writing.decode * (1 + writing.slower), transfer + handover, prompt.misses + writing.misses, in_time)
+
+    def _between(self, prompt: Prompt, writing: Writing) -> tuple[float, float]:
+        """Of a pair: seconds in the queue, and those after the prompt until its KV has arrived."""
+        room = writing.wait + writing.asking
+        queue = prompt.queue if prompt.queue > room else room
+        link = self._links.get((prompt.device, writing.device)) or self._link(prompt.device, writing.device)
+        transfer = link.exposed_seconds(writing.num_bytes, prompt.prefill, self.cost.shape.num_layers)
+        if prompt.sending:  # what is on its way before this prompt's
+            sending = prompt.sending * self.cost.shape.kv_bytes_per_token / link.bytes_per_second
+            transfer += max(0.0, sending - queue - prompt.prefill)
+        return queue, transfer
+
+    def _score(self, question: Question, length: Length, route: Route, terms: dict[str, float], each: float, once: float,
+               misses: float, in_time: float | None) -> Score:
+        """`each`: seconds after the first token that grow with the answer; `once`: those that do not. `in_time`: the chance of a
+        first token within the SLO, where it is known."""
+        ttft = terms["waited"] + terms["queue"] + terms["prefill"]
+        e2e = ttft + each + once
+        steps = length.steps
+        objective = e2e + self.others * terms["others"]
         if self.slo is not None:
-            objective = self._misses(question, length, waited + queue + prefill, (decode + interference) / length.steps,
-                                     transfer + handover, misses + misses_beside, objective)
-        return Option(objective, source, destination, waited, queue, prefill, transfer, handover, decode, interference, others,
-                      length.steps)
+            in_time = self._in_time(ttft) if in_time is None else in_time
+            objective = (1 - in_time * self._chance_to_keep_up(question, length, each / steps, once) + self.others * misses
+                         + self._tie_break(length) * objective)
+        return Score(route, terms, ttft, (each + once) / steps, e2e, objective)
+
+    def _tie_break(self, length: Length) -> float:
+        """What a second counts beside missed SLOs."""
+        return TIE_BREAK / (self.slo.ttft + length.mean * self.slo.tpot) if self.slo is not None else 0.0
+
+    def _route(self, prefill: str, decode: str) -> Route:
+        route = self._routes.get((prefill, decode))
+        if route is None:
+            route = self._routes[prefill, decode] = Route(prefill, decode)
+        return route
 
     # -------------------------------------------------------------------------------- what the scores are made of
 
-    def _prompt(self, question: Question, length: Length, worker: WorkerView) -> Prompt:
-        """Of a request whose answer is written elsewhere. It holds up those that are written here."""
+    def _running(self, worker: WorkerView) -> Running:
         _, _, decodes, contexts = worker.running
-        beside = self._beside(decodes, contexts)
-        queue, prefill, steps, _ = self._computing(question, worker, 0, beside)
-        if not decodes:
-            return Prompt(worker.worker_id, worker.device, queue, prefill, worker.sending_tokens, 0.0, 0.0)
-        delay = prefill - steps * beside.step
-        now = beside.step * (1 + self._slower(worker, beside))
-        return Prompt(worker.worker_id, worker.device, max(queue, beside.step / 2), prefill, worker.sending_tokens,
-                      decodes * delay, self._more_misses(decodes, now, now + delay / length.steps))
+        does_all = worker.role == "C" and worker.worker_id not in self.parts
+        return Running(does_all, decodes, contexts, self._step(decodes, contexts) if decodes else 0.0,
+                       self._slower(worker, decodes, contexts))
 
-    def _written_elsewhere(self, question: Question, length: Length, worker: WorkerView) -> Writing:
-        """An answer whose prompt another worker computes."""
-        running, cached = worker.running, worker.cached_tokens if self.reads_prefixes else 0
-        slower = self._slower(worker, self._beside(running.decodes, running.context_tokens)) if worker.role == "C" else 0.0
-        return self._writing(question, length, worker, running, cached, slower=slower)
-
-    def _beside(self, decodes: int, contexts: int) -> Beside:
-        if not decodes:
-            return self._alone
-        return Beside(decodes, self.cost.decode.seconds(decodes, contexts), self.cost.mixed.seconds(decodes, contexts),
-                      max(self.chunk_tokens - decodes, 1))
-
-    def _computing(self, question: Question, worker: WorkerView, written: int, beside: Beside) -> tuple[float, float, int, int]:
-        """Seconds until the prompts before this one are computed, seconds that it takes itself, in how many steps, and how many of
-        its tokens are cached."""
-        queued_tokens, queued_pairs, _, _ = worker.queued
-        queue = 0.0
-        if queued_tokens:
-            steps = -(-queued_tokens // beside.room)
-            queue = steps * self._chunk(queued_tokens / steps, queued_pairs / steps, beside) - question.now + worker.queued_since
+    def _prompt(self, question: Question, length: Length, worker: WorkerView, running: Running, written: int = 0) -> Prompt:
+        """On a worker, whoever writes the answer. It holds up those that are written there. `written`: tokens that are computed
+        with it."""
+        does_all, decodes, _, step, slower = running
+        room = max(self.chunk_tokens - decodes, 1)  # for prompts, in a step
+        queue = self._queue(question, worker, running, room)
         cached = worker.cached_tokens if self.reads_prefixes else 0
         new = question.prompt_len + written - cached
-        steps = -(-new // beside.room)
-        prefill = steps * self._chunk(new / steps, attended_pairs(new, cached) / steps, beside)
-        return (queue if queue > 0 else 0.0), prefill, steps, cached
+        steps = -(-new // room)
+        prefill = self._prefill_seconds(new, attended_pairs(new, cached), steps, running)
+        delay = misses = 0.0
+        if decodes:
+            queue = max(queue, step / 2)
+            delay = prefill - steps * step
+            if self.slo is not None:
+                now, above = step * (1 + slower), self.tpot_spread.chance_above
+                misses = decodes * (above(self.slo.tpot, now + delay / length.steps) - above(self.slo.tpot, now))
+        in_time = self._in_time(question.now - question.arrival + queue + prefill) if self.slo is not None else 1.0
+        return Prompt(worker.worker_id, worker.device, does_all, queue, prefill, delay, worker.sending_tokens,
+                      decodes * delay, misses, in_time)
 
-    def _chunk(self, tokens: float, pairs: float, beside: Beside) -> float:
-        """A step with so much of prompts, as `CostModel.step_seconds` has it."""
-        seconds = self.cost.prefill.seconds(tokens + beside.decodes, pairs) + beside.extra
-        return seconds if seconds > beside.step else beside.step
-
-    def _writing(self, question: Question, length: Length, worker: WorkerView, running: StepWork, cached: int,
-                 delay: float = 0.0, slower: float = 0.0) -> Writing:
-        """`delay`: of all that write there, by the prompt; `slower`: by prompts to come, as a share."""
-        _, _, decodes, contexts = running
-        num_answers, prompt_len, batch = question.num_answers, question.prompt_len, worker.seats
-        sent = prompt_len - cached
-        contexts += (batch - decodes) * prompt_len  # those that have yet to begin have prompts like this one, for all one knows
-        before = self.cost.decode.seconds(batch, contexts) if batch else 0.0
-        after = self.cost.decode.seconds(batch + num_answers,
-                                         contexts + num_answers * (prompt_len + (question.written + length.mean) / 2))
-        steps = length.steps
-        lacking, waiting = sent - worker.free_tokens, num_answers - worker.free_seats
-        wait = 0.0
-        if batch and (lacking > 0 or waiting > 0):  # each that is there stays for its length, and leaves its seat and its context
-            wait = min(max(lacking / max(contexts, 1), waiting / batch), 1.0) * length.mean * before
-        misses = self._more_misses(batch, before * (1 + slower), after * (1 + slower) + delay / steps)
-        return Writing(worker.worker_id, worker.device, wait, before, steps * after, slower, batch * steps * (after - before),
-                       misses, sent)
-
-    def _more_misses(self, answers: int, now: float, then: float) -> float:
-        """How many more of these answers are expected to miss the TPOT when their tokens take longer."""
-        if self.slo is None or not answers:
+    def _queue(self, question: Question, worker: WorkerView, running: Running, room: int) -> float:
+        """Seconds until the prompts before this one are computed."""
+        tokens, pairs, _, _ = worker.queued
+        if not tokens:
             return 0.0
-        chance_above, bound = self.tpot_spread.chance_above, self.slo.tpot
-        return answers * (chance_above(bound, then) - chance_above(bound, now))
+        return max(0.0, self._prefill_seconds(tokens, pairs, -(-tokens // room), running) - (question.now - worker.queued_since))
 
-    def _slower(self, worker: WorkerView, beside: Beside) -> float:
-        """By which share prompts lengthen decoding, if they come as they have come lately."""
+    def _prefill_seconds(self, tokens: int, pairs: float, steps: int, running: Running) -> float:
+        """In so many steps, with what is decoded there."""
+        _, decodes, contexts, step, _ = running
+        if not decodes:
+            return steps * self.cost.prefill.seconds(tokens / steps, pairs / steps)
+        return steps * self.cost.beside_seconds(tokens / steps, pairs / steps, decodes, contexts, step)
+
+    def _writing(self, question: Question, length: Length, worker: WorkerView, running: Running) -> Writing:
+        does_all, decodes, contexts, step, slower = running
+        num_answers, prompt_len, batch = question.num_answers, question.prompt_len, worker.seats
+        if batch != decodes:  # those that have yet to begin have prompts like this one, for all one knows
+            contexts += (batch - decodes) * prompt_len
+            step = self._step(batch, contexts)
+        context = prompt_len + (question.written + length.mean) / 2
+        after = self._step(batch + num_answers, contexts + num_answers * context)
+        sent, steps = prompt_len - (worker.cached_tokens if self.reads_prefixes else 0), length.steps
+        lacking, waiting = sent - worker.free_tokens, num_answers - worker.free_seats
+        wait = late = misses = 0.0
+        if batch and (lacking > 0 or waiting > 0):  # each that is there stays for its length, and leaves its seat and its context
+            wait = min(max(lacking / max(contexts, 1), waiting / batch), 1.0) * length.mean * step
+        then, in_time = after * (1 + slower), 1.0
+        if self.slo is not None:
+            above, bound = self.tpot_spread.chance_above, self.slo.tpot
+            too_slow = above(bound, then)
+            in_time = 1 - too_slow
+            if batch:
+                late = batch * above(bound, step * (1 + slower))
+                misses = batch * too_slow - late
+        return Writing(worker.worker_id, worker.device, does_all, sent * self.cost.shape.kv_bytes_per_token, wait,
+                       step / 2, steps * after, slower, batch, then, late, batch * steps * (after - step), misses, in_time)
+
+    def _step(self, decodes: int, contexts: float) -> float:
+        """As the cost model says, sooner: the same few batches are asked for all the time."""
+        seconds = self._batches.get(decodes)
+        if seconds is None:
+            seconds = self._batches[decodes] = self.cost.decode.seconds(decodes, 0)
+        return seconds + contexts * self.cost.decode.context_token_seconds
+
+    def _slower(self, worker: WorkerView, decodes: int, contexts: int) -> float:
+        """By which share decode steps take longer because of prompts to come, if those come as they came lately."""
         prompts, tokens = worker.prompts_per_second
         if prompts < LEAST_RATE:
             return 0.0
-        if not beside.decodes:  # there will be this answer at least
-            beside = self._beside(1, 0)
+        decodes = max(decodes, 1)
         new = tokens / prompts
-        steps = max(1.0, new / beside.room)
-        longer = steps * (self._chunk(new / steps, attended_pairs(new) / steps, beside) - beside.step)
-        share = min(prompts * longer, BUSIEST)
+        steps = max(1.0, new / max(self.chunk_tokens - decodes, 1))
+        alone = self._step(decodes, contexts)
+        longer = steps * (self.cost.beside_seconds(new / steps, attended_pairs(new) / steps, decodes, contexts, alone) - alone)
+        share = min(max(prompts * longer, 0.0), BUSIEST)  # of the time
         return share / (1 - share)
 
     def _link(self, source: str | None, destination: str | None) -> TransferCost:
         link = self._links[source, destination] = self.cost.transfer(source or "", destination or "")
         return link
 
-    def _misses(self, question: Question, length: Length, ttft: float, per_token: float, once: float, misses: float,
-                seconds: float) -> float:
-        """How many requests are expected to miss the SLO on account of this one, `misses` of them others; among equals, those that take less time first.
-        `once`: what comes on top of the time for the tokens."""
-        return (self._chance_to_miss(question, length, ttft, per_token, once) + self.others * misses
-                + TIE_BREAK * seconds / (self.slo.ttft + length.mean * self.slo.tpot))
+    def _in_time(self, ttft: float) -> float:
+        return 1 - self.ttft_spread.chance_above(self.slo.ttft, ttft)
 
-    def _chance_to_miss(self, question: Question, length: Length, ttft: float, per_token: float, once: float) -> float:
-        """What is paid once weighs more on a short answer."""
-        in_time = 1 - self.ttft_spread.chance_above(self.slo.ttft, ttft)
-        if per_token <= 0 or in_time < 1e-6:
-            return 1 - in_time
+    def _chance_to_keep_up(self, question: Question, length: Length, per_token: float, once: float) -> float:
+        """Of tokens after the first within the SLO. What is paid once weighs more on a short answer."""
+        if per_token <= 0:
+            return 1.0
         chance_above, bound = self.tpot_spread.chance_above, self.slo.tpot
         done = question.written + 1
         if once < SMALL * per_token * max(1.0, length.thirds[0] - done):
-            return 1 - in_time * (1 - chance_above(bound, per_token + once / max(1.0, length.mean - done)))
-        chance = sum(chance_above(bound, per_token + once / max(1.0, tokens - done)) for tokens in length.thirds) / 3
-        return 1 - in_time * (1 - chance)
+            return 1 - chance_above(bound, per_token + once / max(1.0, length.mean - done))
+        return 1 - sum(chance_above(bound, per_token + once / max(1.0, tokens - done)) for tokens in length.thirds) / 3
 
     # -------------------------------------------------------------------------------------------- the length
 
@@ -392,8 +428,9 @@ def _length(question: Question, mean: float, thirds: tuple[float, float, float])
     return Length(mean, max(1.0, mean - question.written - 1), thirds)
 
 
-def _shortlist(workers: list[WorkerView], key: Callable[[WorkerView], float]) -> Iterable[WorkerView]:
-    return workers if len(workers) <= SHORTLIST else nsmallest(SHORTLIST, workers, key=key)
+def _least(looks: list[tuple[float, float, WorkerView]], by: int) -> list[WorkerView]:
+    return [worker for _, _, worker in sorted(looks, key=itemgetter(by))[:SHORTLIST]]
 
 
-_objective = itemgetter(0)
+OBJECTIVE = attrgetter("objective")
+LEAST = itemgetter(0)

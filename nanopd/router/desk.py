@@ -21,10 +21,10 @@ class RouterError(Exception):
 class View:
     """A worker as a router sees it, see `WorkerView`. It always shows how things are now, and reckons only what is asked."""
 
-    __slots__ = ("_desk", "_state", "device", "worker_id")
+    __slots__ = ("_book", "_desk", "_state", "device", "worker_id")
 
     def __init__(self, worker_id: str, state: WorkerState, device: str | None, desk: Desk) -> None:
-        self.worker_id, self._state, self.device, self._desk = worker_id, state, device, desk
+        self.worker_id, self._state, self._book, self.device, self._desk = worker_id, state, state.book, device, desk
 
     @property
     def role(self) -> str:
@@ -36,40 +36,40 @@ class View:
 
     @property
     def queued(self) -> StepWork:
-        return self._state.book.queue_work
+        return self._book.queue_work
 
     @property
     def queued_since(self) -> float:
-        return self._state.book.queued_since
+        return self._book.queued_since
 
     @property
     def running(self) -> StepWork:
-        return self._state.book.running
+        return self._book.running
 
     @property
     def seats(self) -> int:
-        return self._state.book.total.seats
+        return self._book.total.seats
 
     @property
     def free_seats(self) -> int:
-        return self._desk.limits.max_num_seqs - self._state.book.total.seats
+        return self._desk.limits.max_num_seqs - self._book.total.seats
 
     @property
     def free_tokens(self) -> int:
-        return self._desk.limits.num_blocks * self._desk.limits.block_size - self._state.book.total.held
+        return self._desk.limits.num_blocks * self._desk.limits.block_size - self._book.total.held
 
     @property
     def sending_tokens(self) -> int:
-        return self._state.book.total.sending
+        return self._book.total.sending
 
     @property
     def cached_tokens(self) -> int:
-        desk = self._desk
-        return desk.books.cached_tokens(self.worker_id, desk.hashes, desk.prompt_len) if desk.hashes else 0
+        num_blocks = self._book.prefixes.match(self._desk.hashes)
+        return num_blocks and self._desk.books.cached_tokens(num_blocks, self._desk.prompt_len)
 
     @property
     def prompts_per_second(self) -> tuple[float, float]:
-        return self._state.book.prompts_per_second(self._desk.clock())
+        return self._book.prompts_per_second(self._desk.clock())
 
     def __repr__(self) -> str:
         return f"<{self.worker_id}: {self.queued}, {self.running}>"
@@ -113,6 +113,9 @@ class Desk:
         if decision is None:
             return None
         self._check(decision)
+        decision = self._without_circle(decision)
+        if decision is None:
+            return None
         entry.timeline.question, entry.timeline.decision = question, decision
         return decision.route
 
@@ -139,6 +142,13 @@ class Desk:
                 if "C" in roles or len(roles) == 2:
                     return True
         return False
+
+    def _without_circle(self, decision: Decision) -> Decision | None:
+        """The route, or the best one scored where its workers would wait for each other; see `Fleet.may_pair`. None: later."""
+        for route in (decision.route, *(score.route for score in decision.scores)):
+            if route.mode == "collocated" or self.fleet.may_pair(route.prefill, route.decode):
+                return decision if route == decision.route else Decision(route, decision.scores)
+        return None
 
     def _check(self, decision: Decision) -> None:
         route = getattr(decision, "route", None)

@@ -48,9 +48,11 @@ class WorkerState:
     def load(self) -> int:
         return self.book.total.seats + len(self.writes)
 
-    def takes(self, role: str) -> bool:
-        """Whether it gets new work of a role."""
-        return self.role == role and self.next_role is None
+    @property
+    def awaits(self) -> bool:
+        """Whether it keeps room for answers whose prompts are computed elsewhere."""
+        pages = self.book.pages
+        return any(page.seats and not (page.queued or page.decodes) for page in map(pages.__getitem__, self.answers))
 
     def can(self, role: str) -> bool:
         """Whether a router may give it that part of a request: a collocated worker can do either part for another one too."""
@@ -70,10 +72,12 @@ class Fleet:
         self.workers = {worker_id: WorkerState(role, book=Book(prefix_blocks)) for worker_id, role in executor.roles.items()}
         self.prefix_blocks = prefix_blocks
         self._changing: dict[str, WorkerState] = {}  # those that have a next role
+        self._takers: dict[str, dict[str, WorkerState]] = {}  # role -> those that get new work of it
         self.losses: dict[str, list[str]] = {}  # role -> what became of the workers of that role that are gone
         self._own_roles: dict[str, str] = {}  # while they are cast in others
         # A collocated worker has a few in line, to seat them at once; the rest waits where no worker's loss can touch it.
         self._room = {"C": max_num_seqs + max_num_seqs // 4 + 1, "P": math.inf, "D": max_num_seqs}
+        self._sort()
 
     def send(self, worker_id: str, message: ToWorker) -> None:
         """Pass a message on, if the worker lives."""
@@ -96,13 +100,13 @@ class Fleet:
             self.send(destination.worker_id, ReleaseLease(destination.lease_id, holder))
 
     def choose(self, role: str, num_answers: int = 1, wanted: str | None = None) -> str | None:
-        """The least loaded worker of a role among those that may have room; None if there is none. The one that is wanted, if
-        it can do that."""
-        if wanted in self.workers and self.workers[wanted].can(role):
+        """The least loaded worker of a role among those that may have room; None if there is none. The one that is wanted to
+        compute a prompt, if it can do that."""
+        if wanted in self.workers and self.workers[wanted].can(role) and not self.workers[wanted].awaits:
             return wanted
         chosen, least = None, self._room[role] - num_answers + 1
-        for worker_id, worker in self.workers.items():  # of which there may be a thousand
-            if worker.takes(role) and worker.refused_at != worker.news and (load := worker.load) < least:
+        for worker_id, worker in self._takers.get(role, {}).items():  # of which there may be a thousand
+            if worker.refused_at != worker.news and (load := worker.load) < least:
                 chosen, least = worker_id, load
                 if load == 0:
                     break
@@ -111,7 +115,12 @@ class Fleet:
     def has_room(self, worker: WorkerState, num_answers: int) -> bool:
         """Whether a worker may be given a request, in the role that it has."""
         return (worker.next_role is None and worker.refused_at != worker.news
-                and worker.load + num_answers <= self._room.get(worker.role, 0))
+                and worker.book.total.seats + len(worker.writes) + num_answers <= self._room.get(worker.role, 0))
+
+    def may_pair(self, prefill: str, decode: str) -> bool:
+        """Whether one worker may now compute a prompt for another. None both keeps room for others and computes for others: in a
+        circle of such workers each could wait for room that the next one keeps, for ever."""
+        return not self.workers[prefill].awaits and not self.workers[decode].writes
 
     def seat(self, worker_id: str, job: str, num_answers: int) -> None:
         """The worker is to write so many answers of a job."""
@@ -128,12 +137,14 @@ class Fleet:
         self._own_roles = {worker_id: worker.role for worker_id, worker in self.workers.items()}
         for worker_id, worker in self.workers.items():
             worker.role = roles.get(worker_id, "")
+        self._sort()
         try:
             yield
         finally:
             for worker_id, worker in self.workers.items():
                 worker.role = self._own_roles[worker_id]
             self._own_roles = {}
+            self._sort()
 
     def let_go(self, worker_id: str, job: str) -> None:
         """The worker has a job's answers in hand no more."""
@@ -155,6 +166,7 @@ class Fleet:
         self._changing.pop(worker_id, None)
         what = f"{worker_id} was lost ({reason})"
         self.losses.setdefault(self._own_roles.get(worker_id, worker.role), []).append(what)
+        self._sort()
         for destination in worker.writes.values():  # it can't say itself that it writes no more
             self.release(destination, "writer")
         return what, [*worker.writes, *worker.answers]
@@ -182,12 +194,15 @@ class Fleet:
 
     def _lacking(self, pipeline: Collection[str]) -> str | None:
         """A role of which nobody takes new work."""
-        return next((role for role in pipeline if not any(worker.takes(role) for worker in self.workers.values())), None)
+        return next((role for role in pipeline if role not in self._takers), None)
 
-    @property
-    def roles(self) -> set[str]:
-        """All that there are, or were before a loss."""
-        return {worker.role for worker in self.workers.values()} | self.losses.keys()
+    def _sort(self) -> None:
+        """Workers by role, after a change: that is rare, and who is there is asked for with every request."""
+        self.roles = {worker.role for worker in self.workers.values()} - {""} | self.losses.keys()  # those before a loss too
+        self._takers = {}
+        for worker_id, worker in self.workers.items():
+            if worker.next_role is None:
+                self._takers.setdefault(worker.role, {})[worker_id] = worker
 
     def set_role(self, worker_id: str, role: str, needed: Collection[str]) -> None:
         """See `CentralScheduler.set_role`. `needed`: roles that must not lose their last worker."""
@@ -196,15 +211,14 @@ class Fleet:
             raise ConfigError(f"unknown role {role!r}; roles are "
                               + ", ".join(f"{letter} ({name})" for letter, name in ROLES.items()))
         worker = self.workers[worker_id]
-        others = (other for other in self.workers.values() if other is not worker)
-        if worker.role in needed and role != worker.role and not any(other.takes(worker.role) for other in others):
+        if worker.role in needed and role != worker.role and self._takers.get(worker.role, {}).keys() <= {worker_id}:
             raise ConfigError(f"{worker_id} is the last {ROLES[worker.role]} worker, and requests need one: "
                               "give another worker that role first")
         self._changing.pop(worker_id, None)
         worker.next_role = None if role == worker.role else role
-        if worker.next_role is None:
-            return
-        self._changing[worker_id] = worker
+        if worker.next_role is not None:
+            self._changing[worker_id] = worker
+        self._sort()
         self.change_roles()
 
     def check_worker(self, worker_id: str) -> None:
@@ -219,5 +233,6 @@ class Fleet:
             if lives and not worker.answers and not worker.writes:
                 del self._changing[worker_id]
                 worker.role, worker.next_role = worker.next_role, None
+                self._sort()
                 self.executor.roles[worker_id] = worker.role
                 self.send(worker_id, SetRole(worker.role))

@@ -15,18 +15,6 @@ from nanopd.router.role_keeper import RoleKeeper
 from nanopd.router.routing import Decision, Question, WorkerView
 
 
-class Part:
-    """A worker of which only a part is asked."""
-
-    __slots__ = ("_worker", "role")
-
-    def __init__(self, worker: WorkerView, role: str) -> None:
-        self._worker, self.role = worker, role
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._worker, name)
-
-
 class PlanningRouter(CostRouter):
     """See the module. `size`: what one worker takes; `options` are CostRouter's."""
 
@@ -39,7 +27,5 @@ class PlanningRouter(CostRouter):
         if question.request_id != self._last:
             self._last = question.request_id
             self.keeper.arrived(question.arrival, question.prompt_len, self._length(question).mean)
-        parts = self.keeper.parts(question.now, workers)
-        if parts:
-            workers = [Part(worker, parts[worker.worker_id]) if worker.worker_id in parts else worker for worker in workers]
+        self.parts = self.keeper.parts(question.now, workers)
         return super().choose(question, workers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cost_model.models import MODEL
-from router.script import STOP, Script, in_prefill, lost, prefilled, tokens
+from router.script import STOP, Script, destination, in_prefill, lost, prefilled, tokens
 from workers.serving import (
     MIX,
     Reference,
@@ -61,6 +61,18 @@ def test_it_goes_where_the_router_says():
     assert (question.request_id, question.prompt_len, question.max_tokens, question.arrival) == ("a", 3, 16, script.clock.now)
     assert sorted(seen) == ["C0", "C1", "D0", "D1", "P0", "P1"]
     assert [str(script.central.timelines[name]) for name in "ab"] == ["C1", "P1"]
+
+
+def test_a_collocated_worker_may_be_either_end_of_a_pair():
+    script = adaptive("C0 C1 P0", "C0>C1", "P0>C0")
+    script.submit("a", "b")
+    script.step(script.grant("C1", "a"), script.grant("C0", "b"))
+    assert script.told() == [("C1", "Reserve", "a"), ("C0", "Reserve", "b"), ("C0", "Prefill", "a"), ("P0", "Prefill", "b")]
+    for worker_id, job in (("C0", "a"), ("P0", "b")):
+        script.step((worker_id, tokens(job)), (worker_id, prefilled(destination(script, job), job)))
+    assert [str(script.central.timelines[name]) for name in "ab"] == ["C0 -> C1", "P0 -> C0"]
+    script.step(("C1", tokens("a", end=STOP)), ("C0", tokens("b", end=STOP)))
+    script.assert_empty()
 
 
 def test_views_show_what_workers_have_in_hand():
@@ -181,8 +193,8 @@ def test_roles_may_change_as_long_as_one_pipeline_is_whole():
 @pytest.mark.parametrize("answer, says", [
     ("X7", "the router Scripted sent it to X7, but there is no worker 'X7'; open are C0 .C., P0 .P., D0 .D.$"),
     ("P0", "sent it to P0, but P0 has role P, and role C is needed there"),
-    ("D0>P0", "D0 -> P0, but D0 has role D, and role P is needed there"),
-    ("C0>D0", "C0 has role C, and role P is needed there"),
+    ("D0>P0", "D0 -> P0, but D0 has role D, and role P or C is needed there"),
+    ("C0>P0", "C0 -> P0, but P0 has role P, and role D or C is needed there"),
     (Decision(Route(3, 4)), "there is no worker 3"),
     (Route("P0", "D0"), r"answered Route\(.*it must be Decision\(Route\(...\)\), or None to wait"),
     (7, "answered 7"), (ZeroDivisionError("by nought"), "the router Scripted failed: ZeroDivisionError: by nought"),

@@ -91,7 +91,7 @@ def test_those_who_are_cast_get_requests_and_the_others_none():
         script.submit("a", "b", mode="collocated")
         script.step()
         assert script.told() == [("D1", "Serve", "a"), ("D1", "Serve", "b")]  # and nobody was told of a role
-        with pytest.raises(InvalidRequest, match="needs workers of role P and D"):
+        with pytest.raises(InvalidRequest, match="needs workers of role D and P; this cluster has C$"):
             script.submit("c")
         script.step(("D1", tokens("a", 5, STOP)), ("D1", tokens("b", 5, STOP)))
     script.submit("c", "d")
