@@ -139,7 +139,8 @@ def _simulate(case: Case, cost: CostModel, turn: Turn) -> Summary:
         workers, turn.mode, cost.shape, ModelCosts(cost),
         CacheConfig(options["num_gpu_blocks_override"], enable_prefix_caching=False),
         SchedulerConfig(options["max_num_seqs"], options["max_num_batched_tokens"], max_model_len=options["max_model_len"]),
-        router=_router(case, cost) if turn.mode == "adaptive" else None, runs_ahead=case.devices[0] != "cpu")
+        router=_router(case, cost) if turn.mode == "adaptive" else None, latency=cost.message_seconds,
+        runs_ahead=case.devices[0] != "cpu")
     # As measured: the cluster is told where an answer ends, for the model's own draws would end it anywhere.
     arrivals = [replace(arrival, max_tokens=arrival.output_len) for arrival in turn.arrivals]
     return turn.counted(simulation.run(arrivals).requests, case.slo)

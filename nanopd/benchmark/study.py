@@ -156,7 +156,7 @@ class _Bench:
             mode = "collocated" if split.C else "disaggregated"
         router = make_router("cost", self.cost, slo=self.slo, size=SIZE) if split is None else None
         simulation = Simulation(workers, mode, self.cost.shape, ModelCosts(self.cost), CACHE, SCHEDULER, router=router,
-                                runs_ahead=self.hardware.runs_ahead)
+                                latency=self.cost.message_seconds, runs_ahead=self.hardware.runs_ahead)
         served: list[Outcome] = simulation.run(arrivals).requests
         warm = arrivals[-1].time * WARM_UP / (WARM_UP + WINDOW)
         counted = [each for each in served if each.arrival >= warm]

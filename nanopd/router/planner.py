@@ -17,7 +17,7 @@ from functools import cached_property
 from statistics import NormalDist, fmean
 
 from nanopd.config import SLO, ConfigError, SchedulerConfig
-from nanopd.cost_model.analytical import CostModel, StepWork, chunks
+from nanopd.cost_model.analytical import CostModel, StepWork, attended_pairs, chunks
 
 ATTAINMENT = 0.9  # share of the requests that are to meet the SLO
 PRECISION = 0.005  # of a capacity, relative
@@ -162,6 +162,8 @@ class _Load:
         self.prefills = [self._prefill(round(prompt), budget) for prompt, _ in mix.lengths]
         self.steps = fmean(self.prompt_steps)
         self.chunk = fmean(self.prefills) / self.steps  # seconds of a step with a part of a prompt alone
+        self.chunk_tokens = fmean(prompt for prompt, _ in mix.lengths) / self.steps
+        self.chunk_pairs = fmean(attended_pairs(prompt) for prompt, _ in mix.lengths) / self.steps
 
     def _prefill(self, prompt: int, budget: int) -> float:
         return sum(count * self.cost.step_seconds(StepWork(tokens, pairs)) for count, tokens, pairs in chunks(prompt, 0, budget))
@@ -237,7 +239,8 @@ class _Load:
         return in_time * self._seated(batch, lambda size: True) * self._undisturbed(batch, each)
 
     def _step_with_prompt(self, batch: float) -> float:
-        return max(self.chunk + self.cost.mixed.seconds(batch, batch * self.context), self._decode_step(batch))
+        return self.cost.beside_seconds(self.chunk_tokens, self.chunk_pairs, max(batch, 1.0), max(batch, 1.0) * self.context,
+                                        self._decode_step(batch))
 
     def _share_of_prompts(self, batch: float, rate: float) -> float:
         """Of the time, by which prompts lengthen steps: 1 or more where they leave none."""
