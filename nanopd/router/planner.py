@@ -22,9 +22,8 @@ from nanopd.cost_model.analytical import CostModel, StepWork, attended_pairs, ch
 ATTAINMENT = 0.9  # share of the requests that are to meet the SLO
 PRECISION = 0.005  # of a capacity, relative
 ROUNDS = 30  # of a fixed point at most
+MANY = 10**6  # workers
 FEW = 4  # workers, of which every split is looked at
-LENDING = (0.25, 0.5, 0.75)  # shares of their time that collocated workers may compute prompts for others; else they decode
-LENT = 0.95  # of what a worker could do that keeps to one part, where it does both
 _NORMAL = NormalDist()
 
 
@@ -91,7 +90,7 @@ class Queue:
     """Several servers, Poisson arrivals, and a sample of service times in seconds."""
 
     services: Sequence[float]
-    servers: float  # a part of one gives that part of its time
+    servers: int
 
     def attainment(self, rate: float, limit: float) -> float:
         """Share of the arrivals, `rate` a second, that are served within `limit` seconds, their wait included."""
@@ -169,14 +168,10 @@ class _Load:
         return sum(count * self.cost.step_seconds(StepWork(tokens, pairs)) for count, tokens, pairs in chunks(prompt, 0, budget))
 
     def capacity(self, split: Split) -> float:
-        """Collocated workers by themselves, or lent to the others: whichever serves more."""
-        alone = self._most(lambda rate: self._collocated(rate, split.C)) if split.C else 0.0
+        capacity = self._most(lambda rate: self._collocated(rate, split.C)) if split.C else 0.0
         if split.P and split.D:
-            alone += self._most(lambda rate: self._disaggregated(rate, split.P, split.D))
-        lent = [self._most(lambda rate: self._disaggregated(rate, split.P + LENT * part * split.C,
-                                                            split.D + LENT * (1 - part) * split.C))
-                for part in LENDING if split.C and split.P + split.D]
-        return max([alone, *lent])
+            capacity += self._most(lambda rate: self._disaggregated(rate, split.P, split.D))
+        return capacity
 
     @staticmethod
     def _most(attainment: Callable[[float], float]) -> float:
@@ -191,11 +186,11 @@ class _Load:
     @cached_property
     def prefillers_for_each_decoder(self) -> float:
         """So that both are as busy: by what one of each could do if it had many of the other."""
-        prompts = self._most(lambda rate: self._disaggregated(rate, 1, 1e6))
-        answers = self._most(lambda rate: self._disaggregated(rate, 1e6, 1))
+        prompts = self._most(lambda rate: self._disaggregated(rate, 1, MANY))
+        answers = self._most(lambda rate: self._disaggregated(rate, MANY, 1))
         return answers / max(prompts, 1e-9)
 
-    def _disaggregated(self, rate: float, prefillers: float, decoders: float) -> float:
+    def _disaggregated(self, rate: float, prefillers: int, decoders: int) -> float:
         in_time = Queue(self.prefills, prefillers).attainment(rate, self.ttft)
         if in_time < ATTAINMENT:
             return in_time

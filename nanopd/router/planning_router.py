@@ -20,12 +20,12 @@ class PlanningRouter(CostRouter):
 
     def __init__(self, cost: CostModel, predictor: LengthPredictor, slo: SLO, size: WorkerSize, **options: Any) -> None:
         super().__init__(cost, predictor, slo, chunk_tokens=size.max_num_batched_tokens, **options)
-        self.keeper = RoleKeeper(Planner(cost, size, slo))
+        self.keeper = RoleKeeper(Planner(cost, size, slo), lambda question: self._length(question).mean)
         self._last = ""  # request that was asked about: one that waits is asked about again
 
     def choose(self, question: Question, workers: Sequence[WorkerView]) -> Decision | None:
         if question.request_id != self._last:
             self._last = question.request_id
-            self.keeper.arrived(question.arrival, question.prompt_len, self._length(question).mean)
+            self.keeper.arrived(question)
         self.parts = self.keeper.parts(question.now, workers)
         return super().choose(question, workers)
