@@ -42,14 +42,14 @@ def test_more_work_takes_no_less_time(model, work, more):
 @given(cost_models, works, works, st.booleans())
 def test_sharing_a_pass_is_never_dearer_than_two_steps(model, work, more, of_prompts):
     nothing = dict(decodes=0, context_tokens=0) if of_prompts else dict(prompt_tokens=0, pairs=0)
-    work, more = replace(work, **nothing), replace(more, **nothing)
+    work, more = work._replace(**nothing), more._replace(**nothing)
     assert model.step_seconds(work + more) <= (model.step_seconds(work) + model.step_seconds(more)) * SLACK
 
 
 @given(cost_models, st.integers(1, 512), st.integers(1, 4096), st.integers(1, 64), st.integers(1, 64))
 def test_monotone_in_batch_and_context(model, batch, context, more_sequences, more_context):
     work = StepWork(decodes=batch, context_tokens=batch * context)
-    for more in (replace(work, decodes=batch + more_sequences), replace(work, context_tokens=batch * (context + more_context))):
+    for more in (work._replace(decodes=batch + more_sequences), work._replace(context_tokens=batch * (context + more_context))):
         assert model.step_seconds(more) * SLACK >= model.step_seconds(work)
 
 

@@ -37,7 +37,7 @@ MODES = {"P:cpu D:cpu": "disaggregated", "P:cpu P:cpu D:cpu D:cpu": "disaggregat
          "C:cpu C:cpu P:cpu D:cpu": "collocated", "D:cpu C:cpu P:cpu": "adaptive",
          "C:cpu P:cpu D:cpu D:cpu P:cpu C:cpu": "adaptive"}
 ERRORS = re.compile(
-    r"the router ErraticRouter (failed: IndexError: out of luck|answered (Route|7)|sent it to .*(X0|role|open))|"
+    r"the router ErraticRouter (failed: IndexError: out of luck|answered (Decision|Route|7)|sent it to .*(X0|role|open))|"
     rf"Breakdown: the runner broke|spoiled$|timed out after \d+ s|"
     rf"no (prefill|decode|collocated) worker is left: .\d was lost \({REASON}\)|"
     rf"gave up after 4 attempts: ((.\d was lost \({REASON}\)|the transfer from .\d to .\d failed \((the link broke|it is gone)\)|"
