@@ -72,7 +72,7 @@ def profile_cluster(cluster: Cluster, progress: Progress = lambda text, share: N
     notes = [f"steps: of {worker_id} in '{cluster.topology}', {cluster.executor} executor; workers and devices of a kind are "
              "taken to be alike",
              "links: sends between idle workers, whole" if transfer else
-             "links: none, for no worker could send a prompt's KV to another one"]
+             "links: none, for there are no two workers of which one can compute prompts and another one write answers"]
     if not mixed:
         notes.append("what decodes add to a step with a prompt is assumed, not measured")
     return Profile.of(
@@ -91,13 +91,13 @@ def _worker_to_measure(cluster: Cluster) -> str:
 
 
 def _pairs(cluster: Cluster) -> list[tuple[str, str]]:
-    """Of each pair of devices, one with a worker that can compute prompts and one with another that can write answers, those
-    two workers."""
+    """Of each pair of devices, one with a worker that can compute prompts and one with another that can write answers, those two
+    workers."""
     workers, living = cluster.topology.workers, cluster.status()
     pairs: dict[tuple[str, str], tuple[str, str]] = {}
     for p in living:
         for d in living:
-            if p != d and living[p].role in "PC" and living[d].role in "DC":
+            if p != d and living[p].role in "CP" and living[d].role in "CD":
                 pairs.setdefault((workers[p].device, workers[d].device), (p, d))
     return list(pairs.values())
 

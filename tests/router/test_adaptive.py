@@ -21,7 +21,7 @@ from nanopd.core import BeamSearchParams, FinishReason, InvalidRequest, Request,
 from nanopd.messages import Corrupted, Serve, TransferFailed
 from nanopd.router.central_scheduler import Stage
 from nanopd.router.policies import ROUTERS, AlwaysCollocated, AlwaysDisaggregated
-from nanopd.router.routing import Decision, Route
+from nanopd.router.routing import Decision, Route, Score
 
 
 class Scripted:
@@ -64,15 +64,42 @@ def test_it_goes_where_the_router_says():
 
 
 def test_a_collocated_worker_may_be_either_end_of_a_pair():
+    for route in ("C0>C1", "C1>C0", "P0>C0", "C0>D0"):
+        script = adaptive("C0 C1 P0 D0", route)
+        prefill, decode = route.split(">")
+        script.submit("a")
+        script.step(script.grant(decode, "a"))
+        assert script.told() == [(decode, "Reserve", "a"), (prefill, "Prefill", "a")]
+        script.step((prefill, tokens("a")), (prefill, prefilled(destination(script, "a"), "a")))
+        assert str(script.central.timelines["a"]) == f"{prefill} -> {decode}"
+        script.step((decode, tokens("a", end=STOP)))
+        script.assert_empty()
+
+
+def scored(*routes):
+    return Decision(Route(*routes[0].split(">")), tuple(
+        Score(Route(*route.split(">")), {}, 0.0, 0.0, 0.0, place) for place, route in enumerate(routes)))
+
+
+def test_none_is_to_compute_for_others_while_it_keeps_room_for_them():
+    """The next best route is taken, or none, until that is over."""
+    script = adaptive("C0 C1", "C0>C1", scored("C1>C0", "C0>C0"), "C1>C0")
+    script.submit("a", "b", "c")
+    script.step()
+    assert script.told() == [("C1", "Reserve", "a"), ("C0", "Serve", "b")]
+    assert str(script.central.timelines["b"].decision.route) == "C0"
+    script.step(script.grant("C1", "a"))
+    script.step(("C0", tokens("a")), ("C0", prefilled(destination(script, "a"), "a")))
+    assert [what for what in script.told() if what[2] == "c"] == []
+    script.step()
+    assert script.told() == [("C0", "Reserve", "c")]
+
+
+def test_who_has_come_to_keep_room_for_others_meanwhile_does_not_compute():
     script = adaptive("C0 C1 P0", "C0>C1", "P0>C0")
     script.submit("a", "b")
-    script.step(script.grant("C1", "a"), script.grant("C0", "b"))
-    assert script.told() == [("C1", "Reserve", "a"), ("C0", "Reserve", "b"), ("C0", "Prefill", "a"), ("P0", "Prefill", "b")]
-    for worker_id, job in (("C0", "a"), ("P0", "b")):
-        script.step((worker_id, tokens(job)), (worker_id, prefilled(destination(script, job), job)))
-    assert [str(script.central.timelines[name]) for name in "ab"] == ["C0 -> C1", "P0 -> C0"]
-    script.step(("C1", tokens("a", end=STOP)), ("C0", tokens("b", end=STOP)))
-    script.assert_empty()
+    script.step(script.grant("C1", "a"))
+    assert script.told() == [("C1", "Reserve", "a"), ("C0", "Reserve", "b"), ("P0", "Prefill", "a")]
 
 
 def test_views_show_what_workers_have_in_hand():

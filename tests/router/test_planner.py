@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from router.views import views, writes
 
 from nanopd.config import ConfigError
-from nanopd.cost_model.analytical import CostModel, DecodeCost, MixedCost, PrefillCost, Shape
+from nanopd.cost_model.analytical import CostModel, DecodeCost, MixedCost, PrefillCost, Shape, StepWork
 from nanopd.router.planner import Mix, Planner, Queue, Split, WorkerSize
 from nanopd.router.role_keeper import ENOUGH, EVERY, RoleKeeper
 
@@ -97,27 +99,27 @@ class TestRoleKeeper:
         return max(start + 64 / rate, start + EVERY)
 
     def test_leads_to_the_best_split_and_stays_there(self):
-        keeper, roles, now = self.keeper(), ["C"] * 4, 10.0
+        keeper, workers, now = self.keeper(), views("C0 C1 C2 C3", C1=writes(9)), 10.0
         best, _ = Planner(COST, SIZE, slo(2.0, 0.012)).rank(4, RAG)[0]
-        for _ in range(8):
+        for _ in range(4):
             now = self.load(keeper, RAG, 1.5, Split(C=4), now)
-            step = keeper.advise(now, roles)
-            if step is None:
-                break
-            roles.remove(step[0])
-            roles.append(step[1])
-        assert sorted(roles) == sorted(role for role in "CPD" for _ in range(getattr(best, role)))
+            parts = keeper.parts(now, workers)
+            assert Split(**Counter(parts.get(worker.worker_id, "C") for worker in workers)) == best
+        assert parts["C1"] == "D"  # it goes on with what it does
 
     def test_leaves_workers_alone_that_have_little_to_do(self):
         keeper = self.keeper()
         now = self.load(keeper, RAG, 0.2, Split(C=4), 10.0)
-        assert keeper.advise(now, ["C"] * 4) is None
+        assert keeper.parts(now, views("C0 C1 C2 C3")) == {}
 
     def test_judges_neither_by_few_nor_all_the_time(self):
-        keeper = self.keeper()
+        keeper, workers = self.keeper(), views("C0 C1 C2 C3")
         for number in range(ENOUGH - 1):
             keeper.arrived(100 + number * 1e-3, 5000, 100)
-        assert keeper.advise(110.0, ["C"] * 4) is None
-        now = self.load(keeper, RAG, 1.5, Split(C=4), 120.0)
-        assert keeper.advise(now, ["C"] * 4) is not None
-        assert keeper.advise(now + EVERY / 2, ["C"] * 4) is None
+        assert keeper.parts(110.0, workers) == {}
+        now = self.load(keeper, RAG, 1.5, Split(C=4), 100.1)
+        parts = keeper.parts(now, workers)
+        assert parts
+        for worker in workers:
+            worker.running = StepWork(0, 0.0, 40 * (parts.get(worker.worker_id) == "P"), 0)
+        assert keeper.parts(now + EVERY / 2, workers) == parts
