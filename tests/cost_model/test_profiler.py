@@ -97,11 +97,17 @@ def test_every_quantity_is_measured(cluster):
     assert {text.split()[0] for text, _ in said} >= {"a", "1", "the", "fitting"}
 
 
-@pytest.mark.parametrize("topology", ["C:cpu", "C:cpu C:cpu"])
-def test_collocated_workers_alone_have_no_links(open_cluster, topology):
-    with open_cluster(topology) as cluster:
+def test_steps_are_of_one_worker_and_links_are_measured_wherever_a_prompt_may_move(open_cluster):
+    """So between collocated workers too: the one may compute a prompt that the other goes on with."""
+    with open_cluster("C:cpu C:cpu") as cluster:
         profile = profile_cluster(cluster, seconds=1)
-        assert all(not history.steps for worker_id, history in cluster.history().items() if worker_id != "C0")
+        assert {worker_id for worker_id, history in cluster.history().items() if history.steps} == {"C0"}
+    assert {(row.source, row.destination) for row in profile.measurements.transfer} == {("cpu", "cpu")}
+
+
+def test_a_worker_alone_has_no_links(open_cluster):
+    with open_cluster("C:cpu") as cluster:
+        profile = profile_cluster(cluster, seconds=1)
     assert not profile.measurements.transfer and any("none" in note for note in profile.notes)
     with pytest.raises(CostModelError, match="no transfers were measured"):
         profile.cost.transfer("cpu", "cpu")
