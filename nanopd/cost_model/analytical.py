@@ -17,7 +17,6 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from nanopd.cost_model.checks import Checked, CostModelError
 
-
 LINK_SHARPNESS = 3.0  # of transfers; not fitted, for there are few sizes
 
 

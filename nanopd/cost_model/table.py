@@ -28,7 +28,7 @@ def table(profile: Profile) -> Table:
 
     title = f"{profile.model}, {profile.dtype}, on {profile.device}"
     result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold",
-                   pad_edge=False, collapse_padding=True)
+                   pad_edge=False, show_edge=False, collapse_padding=True)
     result.add_column("quantity", no_wrap=True)
     for heading in ("constant", "value", "95% interval"):
         result.add_column(heading, justify="left" if heading == "constant" else "right", no_wrap=True)

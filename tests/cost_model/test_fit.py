@@ -23,7 +23,14 @@ from nanopd.cost_model.fit import (
     predicted_seconds,
     prediction_errors,
 )
-from nanopd.cost_model.measurements import DecodeRow, Measurements, MessageRow, MixedRow, PrefillRow, TransferRow
+from nanopd.cost_model.measurements import (
+    DecodeRow,
+    Measurements,
+    MessageRow,
+    MixedRow,
+    PrefillRow,
+    TransferRow,
+)
 
 PROMPTS = [(new, cached) for new in (16, 64, 256, 512, 1024, 2048, 4096, 8192) for cached in (0, 1024, 4096)]
 BATCHES = [(batch, context) for batch in (1, 4, 16, 32, 64, 128, 192, 256) for context in (128, 512, 1024, 2048)]

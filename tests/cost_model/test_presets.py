@@ -9,7 +9,14 @@ from nanopd.benchmark.results import RECORDED, Report, slug
 from nanopd.cost_model.analytical import Shape, attended_pairs
 from nanopd.cost_model.checks import CostModelError
 from nanopd.cost_model.fit import fit, predicted_seconds
-from nanopd.cost_model.presets import BYTES_PER_ELEMENT, PRESETS, from_results, preset, preset_names, preset_path
+from nanopd.cost_model.presets import (
+    BYTES_PER_ELEMENT,
+    PRESETS,
+    from_results,
+    preset,
+    preset_names,
+    preset_path,
+)
 from nanopd.cost_model.profile import Profile
 from nanopd.models.spec import load_spec
 
