@@ -24,7 +24,14 @@ from nanopd.core import Overloaded, SamplingParams, StepRecord
 from nanopd.cost_model.analytical import Shape
 from nanopd.cost_model.checks import CostModelError
 from nanopd.cost_model.fit import fit_mixed
-from nanopd.cost_model.measurements import DecodeRow, Measurements, MessageRow, MixedRow, PrefillRow, TransferRow
+from nanopd.cost_model.measurements import (
+    DecodeRow,
+    Measurements,
+    MessageRow,
+    MixedRow,
+    PrefillRow,
+    TransferRow,
+)
 from nanopd.cost_model.profile import Profile
 from nanopd.cost_model.records import decode_rows, gap_between, mixed_rows, prefill_rows, typical
 
