@@ -173,9 +173,8 @@ class _Load:
         """Collocated workers by themselves, or lent to the others: whichever serves more."""
         alone = self._most(lambda rate: self._collocated(rate, split.C)) if split.C else 0.0
         if split.P and split.D:
-            alone += self._most(lambda rate: self._disaggregated(rate, split.P, split.D))
-        lent = [self._most(lambda rate: self._disaggregated(rate, split.P + LENT * part * split.C,
-                                                            split.D + LENT * (1 - part) * split.C))
+            alone += self._most_apart(split.P, split.D)
+        lent = [self._most_apart(split.P + LENT * part * split.C, split.D + LENT * (1 - part) * split.C)
                 for part in LENDING if split.C and split.P + split.D]
         return max([alone, *lent])
 
@@ -192,9 +191,10 @@ class _Load:
     @cached_property
     def prefillers_for_each_decoder(self) -> float:
         """So that both are as busy: by what one of each could do if it had many of the other."""
-        prompts = self._most(lambda rate: self._disaggregated(rate, 1, 1e6))
-        answers = self._most(lambda rate: self._disaggregated(rate, 1e6, 1))
-        return answers / max(prompts, 1e-9)
+        return self._most_apart(1e6, 1) / max(self._most_apart(1, 1e6), 1e-9)
+
+    def _most_apart(self, prefillers: float, decoders: float) -> float:
+        return self._most(lambda rate: self._disaggregated(rate, prefillers, decoders))
 
     def _disaggregated(self, rate: float, prefillers: float, decoders: float) -> float:
         in_time = Queue(self.prefills, prefillers).attainment(rate, self.ttft)

@@ -86,7 +86,7 @@ def test_where_tpots_are_promised_one_of_a_pair_keeps_to_its_part():
 
 
 def test_who_is_made_for_a_part_is_preferred_where_all_is_alike():
-    assert [name for name in scores(views("C0 P0 D0")) if "->" in name][0] == "P0 -> D0"
+    assert next(name for name in scores(views("C0 P0 D0")) if "->" in name) == "P0 -> D0"
 
 
 def test_a_prompt_computed_where_others_write_is_charged_with_their_delay():
