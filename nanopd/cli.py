@@ -280,7 +280,8 @@ def plan(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
              add_help_option=False)
 def bench(context: typer.Context) -> None:
-    """Measure kernels, decode, prefill, serve, scheduler, transfer or cluster, and record it: bench BENCHMARK --help."""
+    """Measure kernels, decode, prefill, serve, scheduler, transfer, cluster or routing, or simulate a study of routing, and
+    record it: bench BENCHMARK --help."""
     from nanopd.benchmark.command import main as run
 
     raise typer.Exit(run(context.args))
