@@ -175,6 +175,9 @@ class Cluster(Client):
 
     def status(self) -> dict[str, Status]:
         """How each living worker is doing, by its id."""
+        if self.executor == "process":  # what they have said since the last step may be about blocks to give back
+            with self._undivided():
+                self._central.catch_up()
         return self._executor.status()
 
     def history(self, since: float = 0.0) -> dict[str, History]:

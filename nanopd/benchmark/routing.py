@@ -6,8 +6,10 @@ D. What it is profiled with is not what is served, so that the errors are those 
 
 from __future__ import annotations
 
+import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -21,12 +23,12 @@ from nanopd.benchmark.show import progress
 from nanopd.cluster import Cluster
 from nanopd.config import SLO, CacheConfig, SchedulerConfig
 from nanopd.core import StepRecord
-from nanopd.cost_model.analytical import CostModel
+from nanopd.cost_model.analytical import CostModel, StepWork
 from nanopd.cost_model.fit import error_quantile, prediction_errors
 from nanopd.cost_model.measurements import Measurements, TransferRow
 from nanopd.cost_model.profile import Profile
 from nanopd.cost_model.profiler import profile_cluster
-from nanopd.cost_model.records import decode_rows, gap_between, mixed_rows, prefill_rows
+from nanopd.cost_model.records import gap_between
 from nanopd.metrics import Outcome, Summary, summarize
 from nanopd.router.planner import Mix, Planner, Split, WorkerSize
 from nanopd.router.policies import make_router
@@ -36,6 +38,7 @@ from nanopd.simulator.simulate import Simulation
 from nanopd.simulator.workload import Arrival, lengths, poisson
 
 WARM_UP = 0.2  # share of the requests
+ALIKE, LEAST = 1.1, 5  # steps whose predictions differ by less than this factor, and how many of them say something
 MODES = ("collocated", "disaggregated", "adaptive")
 
 
@@ -58,7 +61,7 @@ CASES = {
     "cuda": Case(
         "qwen3-8b", ("0", "1"),
         dict(dtype="bfloat16", max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=8192, num_gpu_blocks_override=24_576),
-        SLO(ttft=0.5, tpot=0.02), prompts=("mixed", "long"), output="128", loads=("0.3", "0.6", "0.9"), seconds=8.0,
+        SLO(ttft=0.5, tpot=0.012), prompts=("mixed", "long"), output="128", loads=("0.3", "0.6", "0.9"), seconds=6.0,
         profile_seconds=40.0),
     "cpu": Case(
         "tiny", ("cpu", "cpu"),
@@ -80,7 +83,7 @@ def run(case: Case) -> tuple[list[dict[str, Any]], dict[str, Any], Profile]:
             begin = time.monotonic()
             turns.append((turn, _measure(cluster, case, profile, turn)))
             steps += [history.steps for history in cluster.history(begin).values() if history.steps]
-        errors = _errors(profile, steps, _links(cluster))
+        errors = _errors(profile.cost, steps, _links(cluster))
     with ProcessPoolExecutor() as pool:
         simulated = pool.map(partial(_simulate, case, profile.cost), [turn for turn, _ in turns])
         rows = [_row(turn, measured, each) for (turn, measured), each in zip(turns, simulated)]
@@ -139,7 +142,8 @@ def _simulate(case: Case, cost: CostModel, turn: Turn) -> Summary:
         workers, turn.mode, cost.shape, ModelCosts(cost),
         CacheConfig(options["num_gpu_blocks_override"], enable_prefix_caching=False),
         SchedulerConfig(options["max_num_seqs"], options["max_num_batched_tokens"], max_model_len=options["max_model_len"]),
-        router=_router(case, cost) if turn.mode == "adaptive" else None, runs_ahead=case.devices[0] != "cpu")
+        router=_router(case, cost) if turn.mode == "adaptive" else None, latency=cost.message_seconds,
+        runs_ahead=case.devices[0] != "cpu")
     # As measured: the cluster is told where an answer ends, for the model's own draws would end it anywhere.
     arrivals = [replace(arrival, max_tokens=arrival.output_len) for arrival in turn.arrivals]
     return turn.counted(simulation.run(arrivals).requests, case.slo)
@@ -191,9 +195,15 @@ def _links(cluster: Cluster) -> tuple[TransferRow, ...]:
                  for num_bytes, seconds in sends.items())
 
 
-def _errors(profile: Profile, turns: Sequence[list[StepRecord]], links: tuple[TransferRow, ...]) -> dict[str, tuple[float, ...]]:
-    """Predicted / measured - 1: of steps that held as much as each other together, and of sends."""
+def _errors(cost: CostModel, turns: Sequence[list[StepRecord]], links: tuple[TransferRow, ...]) -> dict[str, tuple[float, ...]]:
+    """Predicted / measured - 1: of sends, and of steps of a kind that were predicted alike, their median."""
     gap = median(map(gap_between, turns))
-    steps = [step for turn in turns for step in turn]
-    return prediction_errors(profile.cost, Measurements(
-        tuple(prefill_rows(steps, gap)), tuple(decode_rows(steps, gap)), tuple(mixed_rows(steps, gap)), links))
+    ratios: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for step in (step for turn in turns for step in turn):
+        work = StepWork.of(step.rows)
+        kind = "decode" if not work.prompt_tokens else "mixed" if work.decodes else "prefill"
+        predicted = cost.step_seconds(work)
+        ratios[kind, round(math.log(predicted) / math.log(ALIKE))].append(predicted / (step.duration + gap))
+    errors = prediction_errors(cost, Measurements(transfer=links))
+    return errors | {kind: tuple(median(found) - 1 for (other, _), found in ratios.items() if other == kind and len(found) >= LEAST)
+                     for kind in ("prefill", "decode", "mixed")}

@@ -31,7 +31,7 @@ SIZE = WorkerSize.of(SCHEDULER, CACHE.num_blocks, CACHE.block_size)
 MIXES = {"mixed": ("mixed", "128"), "documents": ("4000-8000", "100-300"), "chat": ("200-800", "200-500")}  # prompts, answers
 SLOS = {"tight": 1.6, "loose": 4.0}  # TPOT over what a step of 32 answers takes alone
 WARM_UP, WINDOW = 5.0, 10.0  # seconds
-MOST = 1500  # requests of a simulation
+MOST = 1000  # requests of a simulation
 RANGE, HALVINGS = (0.4, 1.4), 6  # of the estimated capacity, in which the highest rate is sought
 LOADS = (0.5, 0.8, 1.0)  # shares of the best rate
 TURN = 15.0  # seconds, after which a mix that shifts is another
@@ -157,7 +157,7 @@ class _Bench:
             mode = "collocated" if split.C else "disaggregated"
         router = make_router("cost", self.cost, slo=self.slo, size=SIZE) if split is None else None
         simulation = Simulation(workers, mode, self.cost.shape, ModelCosts(self.cost), CACHE, SCHEDULER, router=router,
-                                runs_ahead=self.hardware.runs_ahead)
+                                latency=self.cost.message_seconds, runs_ahead=self.hardware.runs_ahead)
         served: list[Outcome] = simulation.run(arrivals).requests
         warm = arrivals[-1].time * WARM_UP / (WARM_UP + WINDOW)
         counted = [each for each in served if each.arrival >= warm]

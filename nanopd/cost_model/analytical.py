@@ -18,6 +18,9 @@ from typing import ClassVar, NamedTuple, Protocol
 from nanopd.cost_model.checks import Checked, CostModelError
 
 
+LINK_SHARPNESS = 3.0  # of transfers; not fitted, for there are few sizes
+
+
 def attended_pairs(new_tokens: int, cached_tokens: int = 0) -> float:
     """(query, key) pairs of causal attention: new tokens see all cached ones, those before them, and themselves."""
     return new_tokens * (cached_tokens + (new_tokens + 1) / 2)
@@ -109,21 +112,37 @@ class DecodeCost(Parameters):
 
 @dataclass(frozen=True)
 class MixedCost(Parameters):
-    """What decodes add to a step with a prompt's tokens, besides each being one more token of its pass."""
+    """A step with a prompt's tokens and decodes: one pass for all, in which each decode is a token too, and what the decodes
+    add to it.
 
-    AT_LEAST: ClassVar = {"extra_seconds": 0, "sequence_seconds": 0, "context_token_seconds": 0}
+    Its pass is not that of a prompt alone: a worker that decodes has queued the step before the last one has ended, while a
+    lone prompt waits for its launch.
+    """
 
-    extra_seconds: float
+    AT_LEAST: ClassVar = Parameters.AT_LEAST | {"sequence_seconds": 0}
+
+    floor_seconds: float
+    token_seconds: float
+    pair_seconds: float
     sequence_seconds: float
     context_token_seconds: float
+    sharpness: float
 
-    def seconds(self, decodes: float, context_tokens: float) -> float:
-        return self.extra_seconds + decodes * self.sequence_seconds + context_tokens * self.context_token_seconds
+    def seconds(self, tokens: float, pairs: float, decodes: float, context_tokens: float) -> float:
+        """`tokens`: of the pass, so of the prompt and one for each decode."""
+        return (soft_max(self.floor_seconds, tokens * self.token_seconds + pairs * self.pair_seconds, self.sharpness)
+                + decodes * self.sequence_seconds + context_tokens * self.context_token_seconds)
+
+    @classmethod
+    def on_top(cls, prefill: PrefillCost, sequence_seconds: float, context_token_seconds: float) -> MixedCost:
+        """As a prompt alone, and so much more for each decode and its context."""
+        return cls(prefill.floor_seconds, prefill.token_seconds, prefill.pair_seconds, sequence_seconds, context_token_seconds,
+                   prefill.sharpness)
 
     @classmethod
     def assumed(cls, prefill: PrefillCost, decode: DecodeCost) -> MixedCost:
         """Where it was not measured: sequences and contexts take what they take in steps of decodes."""
-        return cls(0.0, max(0.0, decode.sequence_seconds - prefill.token_seconds), decode.context_token_seconds)
+        return cls.on_top(prefill, max(0.0, decode.sequence_seconds - prefill.token_seconds), decode.context_token_seconds)
 
 
 @dataclass(frozen=True)
@@ -137,7 +156,8 @@ class TransferCost(Parameters):
     bytes_per_second: float
 
     def seconds(self, num_bytes: float) -> float:
-        return self.latency_seconds + num_bytes / self.bytes_per_second
+        """What a send takes at least, or what its bytes do: most of the one passes while the other does."""
+        return soft_max(self.latency_seconds, num_bytes / self.bytes_per_second, LINK_SHARPNESS)
 
     def exposed_seconds(self, num_bytes: float, computing_seconds: float, pieces: int) -> float:
         """From the end of computing until all has arrived, where each of `pieces` equal parts leaves once it is computed.
@@ -172,16 +192,18 @@ class Shape(Checked):
 
 @dataclass(frozen=True)
 class CostModel:
-    """A model on a kind of device. All times in seconds."""
+    """A model on a kind of device. All times in seconds. `message_seconds`: from the central scheduler until a worker that has
+    nothing to do begins a step."""
 
     prefill: PrefillCost
     decode: DecodeCost
     mixed: MixedCost
     transfers: tuple[TransferCost, ...]
     shape: Shape
+    message_seconds: float = 0.0
 
     def step_seconds(self, work: StepWork) -> float:
-        """One step. More work never takes less time."""
+        """One step. More work never takes less time, but for this: a prompt beside decodes does not wait for its launch."""
         return self._step_seconds(work.prompt_tokens, work.pairs, work.decodes, work.context_tokens)
 
     def _step_seconds(self, prompt_tokens: float, pairs: float, decodes: float, context_tokens: float) -> float:
@@ -193,7 +215,7 @@ class CostModel:
 
     def beside_seconds(self, prompt_tokens: float, pairs: float, decodes: float, context_tokens: float, alone: float) -> float:
         """One step with a prompt's tokens and decodes, where it is known what these take alone."""
-        seconds = self.prefill.seconds(prompt_tokens + decodes, pairs) + self.mixed.seconds(decodes, context_tokens)
+        seconds = self.mixed.seconds(prompt_tokens + decodes, pairs, decodes, context_tokens)
         return seconds if seconds > alone else alone  # what is fitted to few rows may say that a prompt speeds decodes up
 
     def request(self, new_tokens: int, cached_tokens: int, output_tokens: float, running: StepWork = NOTHING,

@@ -10,9 +10,11 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from nanopd.cost_model.analytical import (
+    LINK_SHARPNESS,
     CostModel,
     DecodeCost,
     MixedCost,
@@ -22,6 +24,7 @@ from nanopd.cost_model.analytical import (
     StepWork,
     TransferCost,
     attended_pairs,
+    soft_max,
 )
 from nanopd.cost_model.checks import CostModelError
 from nanopd.cost_model.measurements import (
@@ -95,13 +98,14 @@ def fit(measurements: Measurements, shape: Shape) -> tuple[CostModel, tuple[Fit,
     fits = [of_prefill, of_decode]
     mixed = MixedCost.assumed(prefill, decode)
     if measurements.mixed:
-        mixed, of_mixed = fit_mixed(measurements.mixed, prefill)
+        mixed, of_mixed = fit_mixed(measurements.mixed)
         fits.append(of_mixed)
     links = sorted({(row.source, row.destination, row.transport) for row in measurements.transfer})
     transfers = [fit_transfer([row for row in measurements.transfer if (row.source, row.destination, row.transport) == link])
                  for link in links]
     fits += [of_transfer for _, of_transfer in transfers]
-    return CostModel(prefill, decode, mixed, tuple(cost for cost, _ in transfers), shape), tuple(fits)
+    message = median(row.seconds for row in measurements.messages) if measurements.messages else 0.0
+    return CostModel(prefill, decode, mixed, tuple(cost for cost, _ in transfers), shape, message), tuple(fits)
 
 
 def fit_prefill(rows: Sequence[PrefillRow]) -> tuple[PrefillCost, Fit]:
@@ -120,14 +124,14 @@ def fit_decode(rows: Sequence[DecodeRow]) -> tuple[DecodeCost, Fit]:
                     "several batches and, in batches of one size, several contexts").solve()
 
 
-def fit_mixed(rows: Sequence[MixedRow], prefill: PrefillCost) -> tuple[MixedCost, Fit]:
-    """On top of what the pass takes by `prefill`."""
-    passes = _column(prefill.seconds(row.new_tokens + row.decodes, attended_pairs(row.new_tokens, row.cached_tokens))
-                     for row in rows)
+def fit_mixed(rows: Sequence[MixedRow]) -> tuple[MixedCost, Fit]:
+    tokens = _column(row.new_tokens + row.decodes for row in rows)
+    pairs = _column(attended_pairs(row.new_tokens, row.cached_tokens) for row in rows)
     decodes, contexts = _column(row.decodes for row in rows), _column(row.context_tokens for row in rows)
-    return _Problem("mixed", MixedCost(1, 1, 1), ("extra_seconds", "sequence_seconds", "context_token_seconds"),
-                    (decodes, contexts), _column(row.seconds for row in rows),
-                    "prompts beside several batches and, beside batches of one size, several contexts", passes).solve()
+    return _Problem("mixed", MixedCost(1, 1, 1, 1, 1, USUAL_SHARPNESS),
+                    ("floor_seconds", "token_seconds", "pair_seconds", "sequence_seconds", "context_token_seconds"),
+                    (tokens, pairs, decodes, contexts), _column(row.seconds for row in rows),
+                    "prompts of several lengths beside several batches and, beside batches of one size, several contexts").solve()
 
 
 def fit_transfer(rows: Sequence[TransferRow]) -> tuple[TransferCost, Fit]:
@@ -145,13 +149,13 @@ def fit_transfer(rows: Sequence[TransferRow]) -> tuple[TransferCost, Fit]:
 
 @dataclass(frozen=True)
 class _Send(Parameters):
-    """A transfer's constants as its time is linear in them."""
+    """A transfer's constants as they stand before what they are multiplied with."""
 
     latency_seconds: float
     byte_seconds: float
 
     def seconds(self, num_bytes: float) -> float:
-        return self.latency_seconds + num_bytes * self.byte_seconds
+        return soft_max(self.latency_seconds, num_bytes * self.byte_seconds, LINK_SHARPNESS)
 
 
 def _inverse(interval: tuple[float, float | None]) -> tuple[float, float | None]:
@@ -164,7 +168,7 @@ def _inverse(interval: tuple[float, float | None]) -> tuple[float, float | None]
 
 @dataclass(frozen=True)
 class _Problem:
-    """To find the constants of which `template.seconds(*columns) + given` comes nearest to `measured`.
+    """To find the constants of which `template.seconds(*columns)` comes nearest to `measured`.
 
     Arrays have a number for each row. `linear` names the constants that stand before 1 and before each of the columns,
     as far as nothing hides behind anything else.
@@ -176,7 +180,6 @@ class _Problem:
     columns: tuple[NDArray, ...]
     measured: NDArray
     to_vary: str
-    given: NDArray | float = 0.0  # seconds that no constant has to explain
 
     def solve(self) -> tuple[Any, Fit]:
         import numpy as np
@@ -202,10 +205,7 @@ class _Problem:
                          tuple(self._errors(cost, every).tolist()), tuple(held_out[row] for row in sorted(held_out)))
 
     def _errors(self, cost: Any, rows: NDArray | list[int]) -> NDArray:
-        return (cost.seconds(*(column[rows] for column in self.columns)) + self._given(rows)) / self.measured[rows] - 1
-
-    def _given(self, rows: NDArray | list[int]) -> NDArray | float:
-        return self.given if isinstance(self.given, float) else self.given[rows]
+        return cost.seconds(*(column[rows] for column in self.columns)) / self.measured[rows] - 1
 
     def _determines(self, rows: NDArray) -> bool:
         """Whether these rows are enough, and differ in enough ways."""
@@ -247,8 +247,7 @@ class _Problem:
         import numpy as np
         from scipy.optimize import nnls
 
-        unexplained = 1 - self._given(rows) / self.measured[rows]
-        added = nnls(self._design(rows) * scales[: len(self.linear)], unexplained)[0]
+        added = nnls(self._design(rows) * scales[: len(self.linear)], np.ones(len(rows)))[0]
         begin = np.maximum(added, 1e-3).tolist()  # not on a bound
         return [[*begin, sharpness] for sharpness in (1.2, 3.0, 6.0)] if has_sharpness else [begin]
 

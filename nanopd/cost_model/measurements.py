@@ -52,6 +52,11 @@ class TransferRow(Measurement):
 
 
 @dataclass(frozen=True)
+class MessageRow(Measurement):
+    """From a request's submission until its worker, which had nothing to do, began a step."""
+
+
+@dataclass(frozen=True)
 class Measurements:
     """All that was measured of a model on a machine."""
 
@@ -59,3 +64,4 @@ class Measurements:
     decode: tuple[DecodeRow, ...] = ()
     mixed: tuple[MixedRow, ...] = ()
     transfer: tuple[TransferRow, ...] = ()
+    messages: tuple[MessageRow, ...] = ()

@@ -23,7 +23,7 @@ from nanopd.cost_model.checks import CostModelError
 from nanopd.cost_model.fit import Fit, fit
 from nanopd.cost_model.measurements import Measurements
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class ForeignProfile(UserWarning):

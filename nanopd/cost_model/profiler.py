@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING
 import nanopd
 from nanopd.core import Overloaded, SamplingParams, StepRecord
 from nanopd.cost_model.analytical import Shape
-from nanopd.cost_model.measurements import DecodeRow, Measurements, MixedRow, PrefillRow, TransferRow
+from nanopd.cost_model.checks import CostModelError
+from nanopd.cost_model.fit import fit_mixed
+from nanopd.cost_model.measurements import DecodeRow, Measurements, MessageRow, MixedRow, PrefillRow, TransferRow
 from nanopd.cost_model.profile import Profile
 from nanopd.cost_model.records import decode_rows, gap_between, mixed_rows, prefill_rows, typical
 
@@ -44,7 +46,6 @@ STEPS, DECODE_FOR = 12, 0.2  # of a batch at least, and for so many seconds
 BATCHES_SEEN = 20  # batches that those of the first one should live to see
 LEAST = 4  # prompts that are measured whatever time it takes: fewer can't be fitted
 LEAST_BATCHES = (4, 3)  # of the first contexts, likewise
-LEAST_MIXED = 4  # rows; from fewer nothing is fitted
 USABLE = 0.9  # share of the blocks: nobody shall be preempted
 
 
@@ -64,18 +65,18 @@ def profile_cluster(cluster: Cluster, progress: Progress = lambda text, share: N
     budget = _Budget(seconds or SECONDS[cluster.topology.devices[0].partition(":")[0]], progress)
     worker_id = _worker_to_measure(cluster)
     with cluster.cast({worker_id: "C"}), _Load(cluster, worker_id) as load:
-        prefill = _measure_prefill(load, budget)
+        prefill, messages = _measure_prefill(load, budget)
         decode, mixed = _measure_decode(load, budget)
         transfer = [row for pair in _pairs(cluster) for row in _measure_link(cluster, budget, *pair)]
     budget.say("fitting")
     notes = [f"steps: of {worker_id} in '{cluster.topology}', {cluster.executor} executor; workers and devices of a kind are "
              "taken to be alike",
              "links: sends between idle workers, whole" if transfer else
-             "links: none, for no worker could send a prompt's KV to another one"]
+             "links: none, for there are no two workers of which one can compute prompts and another one write answers"]
     if not mixed:
         notes.append("what decodes add to a step with a prompt is assumed, not measured")
     return Profile.of(
-        Measurements(tuple(prefill), tuple(decode), tuple(mixed), tuple(transfer)),
+        Measurements(tuple(prefill), tuple(decode), tuple(mixed), tuple(transfer), tuple(messages)),
         Shape(cluster.spec.num_layers, cluster.spec.kv_bytes_per_token(cluster.dtype.itemsize)),
         device=cluster.device_name, model=cluster.model, dtype=str(cluster.dtype).removeprefix("torch."),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -90,13 +91,13 @@ def _worker_to_measure(cluster: Cluster) -> str:
 
 
 def _pairs(cluster: Cluster) -> list[tuple[str, str]]:
-    """Of each pair of devices, one with a worker that can compute prompts and one with another that can write answers, those
-    two workers."""
+    """Of each pair of devices, one with a worker that can compute prompts and one with another that can write answers, those two
+    workers."""
     workers, living = cluster.topology.workers, cluster.status()
     pairs: dict[tuple[str, str], tuple[str, str]] = {}
     for p in living:
         for d in living:
-            if p != d and living[p].role in "PC" and living[d].role in "DC":
+            if p != d and living[p].role in "CP" and living[d].role in "CD":
                 pairs.setdefault((workers[p].device, workers[d].device), (p, d))
     return list(pairs.values())
 
@@ -127,8 +128,8 @@ class _Budget:
 # -------------------------------------------------------------------------------------------- what is measured
 
 
-def _measure_prefill(load: _Load, budget: _Budget) -> list[PrefillRow]:
-    """Lone prompts of more and more tokens; long ones come in chunks."""
+def _measure_prefill(load: _Load, budget: _Budget) -> tuple[list[PrefillRow], list[MessageRow]]:
+    """Lone prompts of more and more tokens; long ones come in chunks. And how long they took to get there."""
     begin = time.monotonic()
     for number, length in enumerate(sizes(SHORTEST, min(load.max_len - 1, load.num_tokens))):
         if number >= LEAST and not budget.has(2 * length * load.token_seconds, PREFILL_UNTIL):
@@ -140,7 +141,8 @@ def _measure_prefill(load: _Load, budget: _Budget) -> list[PrefillRow]:
     load.decode([load.send(SHORTEST, STEPS)])  # it shows what passes between steps, should every prompt be one step
     steps = load.steps(begin)
     load.clear()
-    return prefill_rows(steps, gap_between(steps))
+    messages = [MessageRow(step.start - load.sent[step.rows[0].request_id]) for step in steps if not step.rows[0].num_cached]
+    return prefill_rows(steps, gap_between(steps)), messages
 
 
 def _measure_decode(load: _Load, budget: _Budget) -> tuple[list[DecodeRow], list[MixedRow]]:
@@ -155,8 +157,15 @@ def _measure_decode(load: _Load, budget: _Budget) -> tuple[list[DecodeRow], list
             gap = gap_between(alone)
             decodes += decode_rows(alone, gap)
             mixes += mixed_rows(with_prompts, gap)
-    suffices = len(mixes) >= LEAST_MIXED and len({row.decodes for row in mixes}) > 1
-    return decodes, mixes if suffices else []
+    return decodes, mixes if _suffice(mixes) else []
+
+
+def _suffice(mixes: list[MixedRow]) -> bool:
+    try:
+        fit_mixed(mixes)
+    except CostModelError:
+        return False
+    return True
 
 
 def _contexts(longest: int) -> list[int]:
@@ -237,6 +246,7 @@ class _Load:
         self._random = random.Random(next(_loads))  # another one each time: prefix caches remember the last one's prompts
         self._open: dict[str, Stream] = {}
         self._written: dict[str, int] = {}  # tokens, of those that are open
+        self.sent: dict[str, float] = {}  # when, by request id
 
     def __enter__(self) -> _Load:
         return self
@@ -246,11 +256,12 @@ class _Load:
 
     def send(self, length: int, max_tokens: int) -> str:
         """A prompt of random tokens. Returns its request id."""
-        prompt = self._random.choices(range(self._cluster.limits.vocab_size), k=length)
+        prompt, now = self._random.choices(range(self._cluster.limits.vocab_size), k=length), time.monotonic()
         stream = self._cluster.submit({"prompt_token_ids": prompt}, SamplingParams(
             temperature=0, max_tokens=max_tokens, ignore_eos=True), mode="collocated")
         self._open[stream.request_id] = stream
         self._written[stream.request_id] = 0
+        self.sent[stream.request_id] = now
         return stream.request_id
 
     def prompt(self, length: int) -> None:

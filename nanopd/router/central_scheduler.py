@@ -149,6 +149,10 @@ class CentralScheduler:
         events, self._events = self._events, []
         return events
 
+    def catch_up(self) -> None:
+        """Take in what workers have said already. Tokens among it are the next step's to return."""
+        self._poll(0.0)
+
     @property
     def has_work(self) -> bool:
         """Whether requests are open, or have an end that was not told yet."""

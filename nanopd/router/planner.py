@@ -17,15 +17,14 @@ from functools import cached_property
 from statistics import NormalDist, fmean
 
 from nanopd.config import SLO, ConfigError, SchedulerConfig
-from nanopd.cost_model.analytical import CostModel, StepWork, chunks
+from nanopd.cost_model.analytical import CostModel, StepWork, attended_pairs, chunks
 
 ATTAINMENT = 0.9  # share of the requests that are to meet the SLO
 PRECISION = 0.005  # of a capacity, relative
 ROUNDS = 30  # of a fixed point at most
+MANY = 10**6  # workers
 FEW = 4  # workers, of which every split is looked at
 LEFT = 2  # collocated workers at most beside P and D, of more than a few
-LENDING = (0.25, 0.5, 0.75)  # shares of their time that collocated workers may compute prompts for others; else they decode
-LENT = 0.95  # of what a worker could do that keeps to one part, where it does both
 _NORMAL = NormalDist()
 
 
@@ -92,7 +91,7 @@ class Queue:
     """Several servers, Poisson arrivals, and a sample of service times in seconds."""
 
     services: Sequence[float]
-    servers: float  # a part of one gives that part of its time
+    servers: int
 
     def attainment(self, rate: float, limit: float) -> float:
         """Share of the arrivals, `rate` a second, that are served within `limit` seconds, their wait included."""
@@ -165,18 +164,17 @@ class _Load:
         self.prefills = [self._prefill(round(prompt), budget) for prompt, _ in mix.lengths]
         self.steps = fmean(self.prompt_steps)
         self.chunk = fmean(self.prefills) / self.steps  # seconds of a step with a part of a prompt alone
+        self.chunk_tokens = fmean(prompt for prompt, _ in mix.lengths) / self.steps
+        self.chunk_pairs = fmean(attended_pairs(prompt) for prompt, _ in mix.lengths) / self.steps
 
     def _prefill(self, prompt: int, budget: int) -> float:
         return sum(count * self.cost.step_seconds(StepWork(tokens, pairs)) for count, tokens, pairs in chunks(prompt, 0, budget))
 
     def capacity(self, split: Split) -> float:
-        """Collocated workers by themselves, or lent to the others: whichever serves more."""
-        alone = self._most(lambda rate: self._collocated(rate, split.C)) if split.C else 0.0
+        capacity = self._most(lambda rate: self._collocated(rate, split.C)) if split.C else 0.0
         if split.P and split.D:
-            alone += self._most_apart(split.P, split.D)
-        lent = [self._most_apart(split.P + LENT * part * split.C, split.D + LENT * (1 - part) * split.C)
-                for part in LENDING if split.C and split.P + split.D]
-        return max([alone, *lent])
+            capacity += self._most(lambda rate: self._disaggregated(rate, split.P, split.D))
+        return capacity
 
     @staticmethod
     def _most(attainment: Callable[[float], float]) -> float:
@@ -191,12 +189,11 @@ class _Load:
     @cached_property
     def prefillers_for_each_decoder(self) -> float:
         """So that both are as busy: by what one of each could do if it had many of the other."""
-        return self._most_apart(1e6, 1) / max(self._most_apart(1, 1e6), 1e-9)
+        prompts = self._most(lambda rate: self._disaggregated(rate, 1, MANY))
+        answers = self._most(lambda rate: self._disaggregated(rate, MANY, 1))
+        return answers / max(prompts, 1e-9)
 
-    def _most_apart(self, prefillers: float, decoders: float) -> float:
-        return self._most(lambda rate: self._disaggregated(rate, prefillers, decoders))
-
-    def _disaggregated(self, rate: float, prefillers: float, decoders: float) -> float:
+    def _disaggregated(self, rate: float, prefillers: int, decoders: int) -> float:
         in_time = Queue(self.prefills, prefillers).attainment(rate, self.ttft)
         if in_time < ATTAINMENT:
             return in_time
@@ -240,7 +237,8 @@ class _Load:
         return in_time * self._seated(batch, lambda size: True) * self._undisturbed(batch, each)
 
     def _step_with_prompt(self, batch: float) -> float:
-        return max(self.chunk + self.cost.mixed.seconds(batch, batch * self.context), self._decode_step(batch))
+        return self.cost.beside_seconds(self.chunk_tokens, self.chunk_pairs, max(batch, 1.0), max(batch, 1.0) * self.context,
+                                        self._decode_step(batch))
 
     def _share_of_prompts(self, batch: float, rate: float) -> float:
         """Of the time, by which prompts lengthen steps: 1 or more where they leave none."""

@@ -22,7 +22,7 @@ class PlanningRouter(CostRouter):
 
     def __init__(self, cost: CostModel, predictor: LengthPredictor, slo: SLO, size: WorkerSize, **options: Any) -> None:
         super().__init__(cost, predictor, slo, chunk_tokens=size.max_num_batched_tokens, **options)
-        self.keeper = RoleKeeper(Planner(cost, size, slo))
+        self.keeper = RoleKeeper(Planner(cost, size, slo), lambda question: self._length(question).mean)
         self._asked: dict[str, None] = {}  # about the latest requests: one that waits, or was refused, is asked about again
 
     def choose(self, question: Question, workers: Sequence[WorkerView]) -> Decision | None:
@@ -30,6 +30,6 @@ class PlanningRouter(CostRouter):
             self._asked[question.request_id] = None
             if len(self._asked) > ASKED:
                 del self._asked[next(iter(self._asked))]
-            self.keeper.arrived(question.arrival, question.prompt_len, self._length(question).mean)
+            self.keeper.arrived(question)
         self.parts = self.keeper.parts(question.now, workers)
         return super().choose(question, workers)

@@ -98,8 +98,9 @@ def _cost(cost: CostModel | None, predictor: LengthPredictor | None, slo: SLO | 
         raise ConfigError("the router 'cost' needs a cost model: give a profile")
     predictor = predictor or BayesianLengthPredictor()
     if slo is not None and size is not None:
-        return PlanningRouter(cost, predictor, slo, size)
-    return CostRouter(cost, predictor, slo, chunk_tokens=size and size.max_num_batched_tokens)
+        return PlanningRouter(cost, predictor, slo, size, message_seconds=2 * cost.message_seconds)
+    return CostRouter(cost, predictor, slo, chunk_tokens=size and size.max_num_batched_tokens,
+                      message_seconds=2 * cost.message_seconds)
 
 
 ROUTERS: dict[str, Callable[..., Router]] = {

@@ -4,34 +4,39 @@ No torch."""
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from nanopd.router.planner import Mix, Planner, Split
-from nanopd.router.routing import WorkerView
+from nanopd.router.routing import Question, WorkerView
 
 REMEMBERED = 256  # of the latest arrivals: the load as it is now
 TOGETHER = 4  # of them, alike, that are reckoned with as one
 ENOUGH = 16  # of them, to judge by
 EVERY = 0.5  # seconds between two judgements
-GAIN = 1.1  # times the present split's capacity that another must have
+GAIN = 1.05  # times the present split's capacity that another must have
 BUSY = 0.6  # share of its capacity from which on the present split is in question
 
 
 class RoleKeeper:
     """Watches what arrives, and gives each collocated worker of an adaptive cluster the part that lets all of them together
-    serve most in time. A part is for new requests: it takes effect at once, and what a worker has begun it ends."""
+    serve most in time. A part is for new requests: it takes effect at once, and what a worker has begun it ends.
 
-    def __init__(self, planner: Planner) -> None:
+    Args:
+        expected: of a request, how many tokens its answer will have.
+    """
+
+    def __init__(self, planner: Planner, expected: Callable[[Question], float]) -> None:
         self._planner = planner
-        self._arrivals: deque[tuple[float, float, float]] = deque(maxlen=REMEMBERED)  # when, prompt, expected answer
+        self._expected = expected
+        self._arrivals: deque[Question] = deque(maxlen=REMEMBERED)
         self._judged = 0.0
         self._num_workers = 0  # at that time: who is lost may have been the only one of its part
         self._parts: dict[str, str] = {}  # by worker: "P" or "D"; those that are not here do all
 
-    def arrived(self, now: float, prompt_len: int, answer_len: float) -> None:
-        """A request has come, at `now` seconds. Lengths in tokens; that of the answer as it is expected."""
-        self._arrivals.append((now, prompt_len, answer_len))
+    def arrived(self, question: Question) -> None:
+        """A request has come."""
+        self._arrivals.append(question)
 
     def parts(self, now: float, workers: Sequence[WorkerView]) -> dict[str, str]:
         """Of collocated workers that are to do one part only: "P" or "D", by id. All others are as their roles say."""
@@ -48,14 +53,16 @@ class RoleKeeper:
         roles = Counter(worker.role for worker in workers)
         fixed = Split(P=roles["P"], D=roles["D"])
         present = Split(**Counter(self._parts.get(worker.worker_id, worker.role) for worker in workers))
-        alike = sorted((prompt, answer) for _, prompt, answer in self._arrivals)
+        alike = sorted((question.prompt_len, self._expected(question)) for question in self._arrivals)  # as one knows it now
         groups = [alike[first : first + TOGETHER] for first in range(0, len(alike), TOGETHER)]
         mix = Mix(tuple((fmean(prompt for prompt, _ in group), fmean(answer for _, answer in group)) for group in groups))
         capacity = self._planner.capacity(present, mix)
-        rate = len(self._arrivals) / max(now - self._arrivals[0][0], 1e-9)
+        rate = len(self._arrivals) / max(now - self._arrivals[0].arrival, 1e-9)
         if rate < BUSY * capacity:
             return
-        best, best_capacity = self._planner.rank(len(workers), mix, fixed)[0]
+        # One that does both beside others that do one part helps little where it happens to be busy with the other part.
+        best, best_capacity = next((split, rate) for split, rate in self._planner.rank(len(workers), mix, fixed)
+                                   if split.C in (0, roles["C"]))
         if best_capacity >= GAIN * capacity:
             self._share_out(best, fixed, list(soft.values()))
 

@@ -108,7 +108,7 @@ def simulate(hardware: Hardware, workers: dict[str, int], mode: str, workload: W
     size = WorkerSize.of(scheduler, cache.num_blocks, cache.block_size)
     chooses = router and make_router(router, hardware.cost, slo=slo, size=size)
     simulation = Simulation(workers, mode, hardware.cost.shape, ModelCosts(hardware.cost), cache, scheduler, router=chooses,
-                            runs_ahead=hardware.runs_ahead)
+                            latency=hardware.cost.message_seconds, runs_ahead=hardware.runs_ahead)
     return Report(hardware, workers, mode, router, slo, workload, simulation.run(workload.arrivals, progress))
 
 

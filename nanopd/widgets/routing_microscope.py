@@ -111,8 +111,8 @@ class RoutingMicroscope(Panel):
             figure.add_trace(go.Scatter(
                 x=[one.question.arrival - self._begin for one in taken], y=[1e3 * one.measured.e2e for one in taken], mode="markers",
                 marker={"color": colour, "size": 9, "symbol": "circle" if way == "collocated" else "diamond"},
-                name=t(f"live.{way}"), hovertext=[_title(one) for one in taken], hovertemplate="%{hovertext}<extra></extra>",
-                legend="legend2"), 1, 1)
+                name=t(f"live.{way}"), hovertext=[escape(_title(one)) for one in taken],
+                hovertemplate="%{hovertext}<extra></extra>"), 1, 1)
         figure.add_trace(go.Scatter(mode="markers", marker={"size": 17, "color": "rgba(0,0,0,0)", "line": {"width": 2.5, "color": INK}},
                                     hoverinfo="skip", showlegend=False), 1, 1)
         for name in BARS:
@@ -126,10 +126,10 @@ class RoutingMicroscope(Panel):
         figure.update_xaxes(title={"text": t("microscope.terms_axis"), "font_color": FAINT}, col=2)
         figure.update_yaxes(autorange="reversed", tickfont_color=INK, automargin=True, col=2)
         figure.update_annotations(font={"size": 12, "color": FAINT})
-        legend = {"orientation": "h", "xanchor": "left", "yanchor": "top", "y": -0.2}
         return figure.update_layout(
             barmode="stack", height=380, font={"family": FONT, "color": INK, "size": 12}, plot_bgcolor=PAPER, paper_bgcolor=PAPER,
-            margin={"l": 10, "r": 10, "t": 40, "b": 90}, legend={**legend, "x": 0.42}, legend2={**legend, "x": 0})
+            margin={"l": 10, "r": 10, "t": 40, "b": 90},
+            legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.22, "yanchor": "top", "traceorder": "normal"})
 
 
 def way_of(one: Explanation) -> str:
@@ -156,7 +156,7 @@ def regret(one: Explanation) -> float | None:
 
 
 def _title(one: Explanation) -> str:
-    return t("microscope.title", request=escape(one.question.request_id), tokens=one.question.prompt_len, path=escape(one.measured.path))
+    return t("microscope.title", request=one.question.request_id, tokens=one.question.prompt_len, path=one.measured.path)
 
 
 def _ms(seconds: float) -> str:

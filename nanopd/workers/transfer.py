@@ -71,8 +71,8 @@ def time_sends(transport: Transport, cache: KVCache, destination_blocks: list[in
                clock: Callable[[], float] = time.monotonic) -> list[tuple[int, float]]:
     """How long sends of several sizes take, one at a time: (bytes, seconds), the first of each size for warming up.
 
-    One layer of a block, then whole blocks, one and four times as many each time, up to as many as there are, in pieces
-    of as many layers as `Transfer` sends of so many tokens. What is in this worker's blocks is of no account.
+    One layer of a block, then whole blocks, one and four times as many each time, up to as many as there are. What is in this
+    worker's blocks is of no account.
 
     Raises TransferError where something can't be sent.
     """
@@ -84,18 +84,11 @@ def time_sends(transport: Transport, cache: KVCache, destination_blocks: list[in
         begin, times = clock(), 0
         while times < 2 or (times < TIMES and clock() - begin < TIMED_FOR):
             start = clock()
-            for layers in _pieces(num_layers, count * cache.block_size):
-                ticket = transport.send(layers, _spread(count, cache.num_blocks), destination_blocks[:count])
-            ticket.wait()
+            transport.send(range(num_layers), _spread(count, cache.num_blocks), destination_blocks[:count]).wait()
             cache.synchronize()  # on one device a copy counts as arrived when it is queued
             sends.append((num_bytes, clock() - start))
             times += 1
     return sends
-
-
-def _pieces(num_layers: int, num_tokens: int) -> list[range]:
-    size = -(-SEND_TOKENS // num_tokens)
-    return [range(first, min(first + size, num_layers)) for first in range(0, num_layers, size)]
 
 
 def _spread(count: int, num_blocks: int) -> list[int]:

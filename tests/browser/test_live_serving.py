@@ -51,8 +51,8 @@ def test_it_serves_while_page_and_kernel_stay_alive(open_notebook, write_noteboo
     notebook.wait_until(lambda: decisions(panel) >= 5, "no decisions appeared")
     said = notebook.run_cell("live.driver.load")
     assert "load 20.0" in said and "running True" in said, f"the kernel answers while it serves, and the slider got there: {said}"
-    notebook.screenshot(f"live-{lang}")
     panel = notebook.panel("widgets.LiveServing(")
+    notebook.screenshot(f"live-{lang}")
     panel.wait_for_selector(".nanopd-stop").click()
     notebook.wait_until(lambda: "running False" in notebook.run_cell("live.driver.load"), "Stop does not stop")
     notebook.page.wait_for_timeout(1500)  # the page may have a few frames to catch up with

@@ -105,7 +105,7 @@ def test_a_mixed_step_does_not_pay_for_its_prefill_twice():
 
 
 def test_a_prompt_never_speeds_decodes_up():
-    odd = replace(MODEL, prefill=replace(PREFILL, floor_seconds=1e-6), mixed=MixedCost(0, 0, 0))
+    odd = replace(MODEL, prefill=replace(PREFILL, floor_seconds=1e-6), mixed=MixedCost.on_top(replace(PREFILL, floor_seconds=1e-6), 0, 0))
     decodes = StepWork(decodes=8, context_tokens=80_000)
     assert odd.step_seconds(decodes + StepWork.chunk(2)) == odd.step_seconds(decodes)
 

@@ -97,12 +97,19 @@ def test_every_quantity_is_measured(cluster):
     assert {text.split()[0] for text, _ in said} >= {"a", "1", "the", "fitting"}
 
 
-@pytest.mark.parametrize("topology", ["C:cpu", "C:cpu C:cpu"])
-def test_collocated_workers_alone_have_no_links(open_cluster, topology):
-    with open_cluster(topology) as cluster:
+def test_two_collocated_workers_can_be_a_pair_and_have_a_link(open_cluster):
+    with open_cluster("C:cpu C:cpu") as cluster:
+        profile = profile_cluster(cluster, seconds=1)
+        assert_usable_and_empty(cluster)
+    assert {(row.source, row.destination) for row in profile.measurements.transfer} == {("cpu", "cpu")}
+    assert any("links: sends" in note for note in profile.notes)
+
+
+def test_a_collocated_worker_alone_has_no_links(open_cluster):
+    with open_cluster("C:cpu") as cluster:
         profile = profile_cluster(cluster, seconds=1)
         assert all(not history.steps for worker_id, history in cluster.history().items() if worker_id != "C0")
-    assert not profile.measurements.transfer and any("none" in note for note in profile.notes)
+    assert not profile.measurements.transfer and any("links: none, for there are no two" in note for note in profile.notes)
     with pytest.raises(CostModelError, match="no transfers were measured"):
         profile.cost.transfer("cpu", "cpu")
 

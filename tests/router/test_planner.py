@@ -8,12 +8,13 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from router.views import views, writes
+from router.views import question, views, writes
 
 from nanopd.config import SLO, ConfigError
 from nanopd.cost_model.analytical import CostModel, DecodeCost, MixedCost, PrefillCost, Shape
 from nanopd.router.planner import Mix, Planner, Queue, Split, WorkerSize
 from nanopd.router.role_keeper import BUSY, ENOUGH, EVERY, RoleKeeper
+from nanopd.router.routing import Question
 
 # A device that computes 20,000 tokens of prompts a second, reads its weights in 5 ms, and its cache at 50 million tokens a second.
 PREFILL, DECODE = PrefillCost(0.01, 5e-5, 1e-9, 4.0), DecodeCost(0.005, 2e-5, 2e-8, 4.0)
@@ -99,13 +100,8 @@ def test_workers_that_keep_to_their_part_are_in_every_split(prefill, decode, sof
     assert all(split.P >= prefill and split.D >= decode and split.num_workers == number for split, _ in ranked)
 
 
-def test_lent_workers_serve_at_least_what_they_serve_by_themselves():
-    """Two collocated workers beside one that has too many prompts: what they take over more than pays."""
-    planner = Planner(COST, SIZE, TIGHT)
-    apart = planner.capacity(Split(C=2), RAG) + planner.capacity(Split(P=1, D=1), RAG)
-    assert planner.capacity(Split(C=2, P=1, D=1), RAG) > 1.1 * apart
-    alone = planner.capacity(Split(C=2), CHAT) + planner.capacity(Split(P=1, D=1), CHAT)
-    assert planner.capacity(Split(C=2, P=1, D=1), CHAT) >= 0.98 * alone
+def request(when: float, prompt_len: int, answer_len: int) -> Question:
+    return question(prompt_len, max_tokens=answer_len, arrival=when, now=when)
 
 
 class TestRoleKeeper:
@@ -118,12 +114,12 @@ class TestRoleKeeper:
         draw, now = random.Random(0), begin
         for _ in range(requests):
             now += draw.expovariate(rate)
-            keeper.arrived(now, *draw.choice(mix.lengths))
+            keeper.arrived(request(now, *draw.choice(mix.lengths)))
         return max(now, begin + EVERY)
 
     @pytest.fixture
     def keeper(self) -> RoleKeeper:
-        return RoleKeeper(Planner(COST, SIZE, TIGHT))
+        return RoleKeeper(Planner(COST, SIZE, TIGHT), lambda question: question.max_tokens)
 
     def test_long_prompts_under_load_lead_to_the_best_split(self, keeper):
         now = self.load(keeper, RAG, 1.2)
@@ -139,7 +135,23 @@ class TestRoleKeeper:
         now = self.load(keeper, RAG, 1.2)
         before = dict(keeper.parts(now, views(self.FOUR)))
         now = self.load(keeper, CHAT, 1.0, now)
-        assert before and keeper.parts(now, views(self.FOUR)) == {}
+        after = keeper.parts(now, views(self.FOUR))
+        assert Counter(before.values())["D"] < Counter(after.values())["D"]  # prompts are short, and answers long
+
+    def test_what_is_expected_of_answers_counts_as_it_is_now(self):
+        """Not as it was when the requests came."""
+        expected = 10.0
+        keeper = RoleKeeper(Planner(COST, SIZE, TIGHT), lambda question: expected)
+        now = self.load(keeper, RAG, 1.0)
+        few = keeper.parts(now, views(self.FOUR))
+        expected = 800.0
+        assert Counter(keeper.parts(now + EVERY, views(self.FOUR)).values())["D"] > Counter(few.values())["D"]
+
+    def test_parts_are_for_all_or_for_none(self, keeper):
+        for mix in (RAG, CHAT):
+            for share in (0.7, 1.0, 1.5):
+                now = self.load(keeper, mix, share, keeper._judged)
+                assert len(keeper.parts(now, views(self.FOUR))) in (0, 4)
 
     @pytest.mark.parametrize("share", [BUSY / 4, BUSY * 0.8])
     def test_who_has_little_to_do_is_left_alone(self, keeper, share):
@@ -155,12 +167,12 @@ class TestRoleKeeper:
         workers = views(self.FOUR)
         now = self.load(keeper, RAG, 1.5, requests=ENOUGH - 1)
         assert keeper.parts(now, workers) == {}
-        keeper.arrived(now, 5000, 100)
+        keeper.arrived(request(now, 5000, 100))
         plan = keeper.parts(now, workers)
         assert plan
         self.load(keeper, CHAT, 1.0, now)
         assert keeper.parts(now + EVERY / 2, workers) == plan
-        assert keeper.parts(now + EVERY, workers) == {}
+        assert keeper.parts(now + EVERY, workers) != plan
 
     @pytest.mark.parametrize("names", ["C0 C1 C2 P0 D0", "C0 C1 C2 C3 C4 P0 P1 D0 D1", "C0 P0 P1 D0", "P0 P1 D0"])
     def test_prefill_and_decode_workers_keep_to_their_roles(self, keeper, names):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from scheduler.fakes import (
     Ledger,
@@ -203,6 +205,36 @@ def test_seats_of_answers_that_have_ended_are_free():
     bench.ledger.ends["a", 1] = FinishReason.ABORT
     bench.step()
     assert bench.running == ["a", "b"] and bench.scheduler.num_seats_taken == 3
+    bench.finish()
+
+
+def test_seats_that_are_promised_are_given_to_nobody_who_waits():
+    bench = Bench(max_num_seqs=4, budget=64)
+    bench.scheduler.num_seats_promised = 2
+    for _ in range(3):
+        bench.add(5)
+    bench.step()
+    assert bench.running == ["a", "b"] and bench.scheduler.num_seats_taken == 2
+    assert bench.scheduler.num_seats_wanted == 2 + 2 + 1
+    bench.scheduler.num_seats_promised = 0
+    bench.step()
+    assert bench.running == ["a", "b", "c"] and bench.scheduler.num_seats_wanted == 3
+    bench.finish()
+
+
+def test_who_is_first_in_line_and_lacks_blocks_is_told_from_who_lacks_a_seat():
+    bench = Bench(max_num_seqs=1, num_blocks=6, budget=64)
+    assert not bench.scheduler.lacks_blocks
+    bench.add(5)
+    bench.step()
+    bench.add(5)
+    assert not bench.scheduler.lacks_blocks  # it waits for the seat
+    bench.finish()
+    bench.add(18)
+    bench.scheduler.config = replace(bench.scheduler.config, max_num_seqs=4)
+    bench.step()
+    bench.add(9)
+    assert bench.scheduler.lacks_blocks
     bench.finish()
 
 

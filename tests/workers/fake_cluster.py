@@ -245,6 +245,7 @@ def assert_books_balance(central):
         for name in FIELDS:
             assert getattr(book.total, name) == sum(getattr(page, name) for page in pages.values()), (worker_id, name)
         assert pages.keys() == worker.answers.keys() | worker.writes.keys(), worker_id
+        assert not (worker.awaits and worker.writes), f"{worker_id} keeps room for others and computes for others"
         for job, page in pages.items():
             assert page.seats == worker.answers.get(job, 0)
             if job in entries:
@@ -283,7 +284,7 @@ class ErraticRouter:
         if what == "wrong":
             return self.luck.choice([Decision(Route("X0", "D0")), Decision(Route("D0", "P0")), Decision("C0"), Route("P0", "D0"), 7])
         open_ones = {role: [worker.worker_id for worker in workers if worker.role == role and worker.is_open] for role in "CPD"}
-        routes = [Route.collocated(c) for c in open_ones["C"]] + [Route(p, d) for p in open_ones["P"] for d in open_ones["D"]]
+        routes = [Route(p, d) for p in open_ones["P"] + open_ones["C"] for d in open_ones["D"] + open_ones["C"]]
         assert routes, "a router is asked where there is something to choose from"
         return Decision(self.luck.choice(routes)) if what == "right" else None
 

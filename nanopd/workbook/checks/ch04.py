@@ -96,7 +96,7 @@ def check_step_equals_the_models(theirs: Callable[..., float]) -> None:
 
 # ------------------------------------------------------------------------------------------------- 04.8, whose time it is
 
-MODEL = CostModel(PrefillCost(8e-3, 24e-6, 8e-10, 3.0), DecodeCost(5e-3, 25e-6, 36e-9, 3.0), MixedCost(0.0, 1e-6, 36e-9), (),
+MODEL = CostModel(PrefillCost(8e-3, 24e-6, 8e-10, 3.0), DecodeCost(5e-3, 25e-6, 36e-9, 3.0), MixedCost.on_top(PrefillCost(8e-3, 24e-6, 8e-10, 3.0), 1e-6, 36e-9), (),
                   Shape(36, 147_456))
 
 

@@ -26,8 +26,8 @@ MOST_REGRET = 0.2  # of the reference's mean time; taking turns has more on this
 @exercise("06.1", hint_en="kappa and dof each grow by the number of lengths n. The mean is the weighted mean of the prior's and the "
                           "logarithms'. The squares add up: dof · variance of the prior, squared deviations of the logarithms from "
                           "their own mean, and (kappa · n / (kappa + n)) · (difference of the two means)². Divided by the new dof.",
-          hint_zh="kappa 和 dof 都加上长度的个数 n。新的均值，是先验均值与各对数的加权平均。平方和有三份相加："
-                  "先验的 dof · variance；各对数对自己均值的偏差平方和；(kappa · n / (kappa + n)) ·（两个均值之差）²。最后除以新的 dof。")
+          hint_zh="kappa 和 dof 都加上长度的个数 n。新的均值，是先验均值与各对数的加权平均。平方和有三份相加：先验的 dof · variance；"
+                  "各对数对自己均值的偏差平方和；(kappa · n / (kappa + n)) ·（两个均值之差）²。最后除以新的 dof。")
 def check_the_posterior_is_the_predictors(theirs: Callable[[Belief, list[int]], Belief]) -> None:
     rng = random.Random(61)
     priors = [BayesianLengthPredictor.PRIOR, Belief(3.0, 0.2, 5.0, 9.0)]
