@@ -181,34 +181,47 @@ def _measure(console: Console, seconds: float | None, **options: Any) -> Profile
             return profile_cluster(cluster, lambda text, share: progress.update(task, description=text, completed=share), seconds)
 
 
+# What simulations are made of.
+Hardware = Annotated[str, typer.Option(help="A preset, or a profile.json. An unknown name lists the presets.")]
+Prompts = Annotated[str, typer.Option(help="short (64-256 tokens), long (1024-2048), mixed, or a number or span.")]
+Outputs = Annotated[str, typer.Option(help="Tokens of an answer, a number or a span: 128, 16-512.")]
+Seed = Annotated[int, typer.Option(help="Another one gives other moments and lengths.")]
+TraceFile = Annotated[Path | None, typer.Option(help="A recorded workload instead: Azure's CSV or Mooncake's JSON lines.")]
+Limit = Annotated[int | None, typer.Option(help="Only the trace's first so many requests.")]
+KvBlocks = Annotated[int, typer.Option(help="Of 16 tokens, in each worker's cache.")]
+MaxNumSeqs = Annotated[int, typer.Option(help="Sequences of a step.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(help="Tokens of a step.")]
+LongestRequest = Annotated[int, typer.Option(help="Longest prompt and answer together, in tokens.")]
+PRESET = "nvidia-h200/qwen3-8b"
+
+
 @app.command()
 def simulate(
-    hardware: Annotated[str, typer.Option(help="A preset, or a profile.json. An unknown name lists the presets.")] = (
-        "nvidia-h200/qwen3-8b"),
+    hardware: Hardware = PRESET,
     workers: Annotated[str, typer.Option(help="How many of each role, C (collocated), P (prefill), D (decode), each on a "
                                               "device of its own: 'C=4', 'C=2 P=1 D=1'.")] = "C=2 P=1 D=1",
     mode: Annotated[str, typer.Option(help="collocated, disaggregated or adaptive.")] = "adaptive",
     router: Annotated[str | None, typer.Option(help="Chooses in mode adaptive. Default: cost. An unknown name lists them.")] = None,
     rate: Annotated[float, typer.Option(help="Requests a second, at independent moments (Poisson).")] = 4.0,
     requests: Annotated[int, typer.Option(help="How many come.")] = 1000,
-    prompts: Annotated[str, typer.Option(help="short (64-256 tokens), long (1024-2048), mixed, or a number or span.")] = "mixed",
-    outputs: Annotated[str, typer.Option(help="Tokens of an answer, a number or a span: 128, 16-512.")] = "128",
-    seed: Annotated[int, typer.Option(help="Another one gives other moments and lengths.")] = 0,
-    trace: Annotated[Path | None, typer.Option(help="A recorded workload instead: Azure's CSV or Mooncake's JSON lines.")] = None,
+    prompts: Prompts = "mixed",
+    outputs: Outputs = "128",
+    seed: Seed = 0,
+    trace: TraceFile = None,
     speed_up: Annotated[float, typer.Option(help="How many times as fast the trace's requests come.")] = 1.0,
-    limit: Annotated[int | None, typer.Option(help="Only the trace's first so many requests.")] = None,
+    limit: Limit = None,
     slo_ttft: Annotated[float | None, typer.Option(help="Promised: the first token within so many ms; with --slo-tpot.")] = None,
     slo_tpot: Annotated[float | None, typer.Option(help="Promised: each token after it within so many ms on average.")] = None,
-    kv_blocks: Annotated[int, typer.Option(help="Of 16 tokens, in each worker's cache.")] = 8192,
-    max_num_seqs: Annotated[int, typer.Option(help="Sequences of a step.")] = 128,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 2048,
-    max_model_len: Annotated[int, typer.Option(help="Longest prompt and answer together, in tokens.")] = 8192,
+    kv_blocks: KvBlocks = 8192,
+    max_num_seqs: MaxNumSeqs = 128,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
+    max_model_len: LongestRequest = 8192,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there too.")] = None,
 ) -> None:
     """Serve a workload on hardware that is not here: the real scheduling and routing, with times that a cost model says."""
     from rich.console import Console
 
-    from nanopd.config import CacheConfig, SchedulerConfig
+    from nanopd.config import SchedulerConfig
     from nanopd.simulator import command
     from nanopd.simulator.hardware import hardware as find_hardware
 
@@ -218,20 +231,57 @@ def simulate(
             workload = command.poisson_workload(rate, requests, prompts, outputs, seed)
         else:
             workload = command.trace_workload(trace, speed_up, limit, min(max_model_len, kv_blocks * 16))
-        # Where no prompts share a beginning, caches of them find nothing, and looking takes time.
-        cache = CacheConfig(kv_blocks, enable_prefix_caching=any(one.prefix for one in workload.arrivals))
         with _progress(len(workload.arrivals)) as progress:
-            report = command.simulate(find_hardware(hardware), command.parse_workers(workers), mode, workload, cache, scheduler,
+            report = command.simulate(find_hardware(hardware), command.parse_workers(workers), mode, workload,
+                                      command.cache_for(workload, kv_blocks), scheduler,
                                       router=router, slo=_slo(slo_ttft, slo_tpot), progress=progress)
         if json_file is not None:
             json_file.write_text(report.to_json(), encoding="utf-8")
     command.show(report, Console())
 
 
+@app.command()
+def plan(
+    slo_ttft: Annotated[float, typer.Option(help="Promised: the first token within so many ms.")],
+    slo_tpot: Annotated[float, typer.Option(help="Promised: each token after it within so many ms on average.")],
+    hardware: Hardware = PRESET,
+    workers: Annotated[int, typer.Option(help="How many there are to share out, each on a device of its own.")] = 4,
+    prompts: Prompts = "mixed",
+    outputs: Outputs = "128",
+    seed: Seed = 0,
+    trace: TraceFile = None,
+    limit: Limit = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second: say which splits serve so many in time.")] = None,
+    check: Annotated[int, typer.Option(help="Simulate the best so many splits, and adaptive mode; 0: formulas alone.")] = 3,
+    kv_blocks: KvBlocks = 8192,
+    max_num_seqs: MaxNumSeqs = 128,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
+    max_model_len: LongestRequest = 8192,
+) -> None:
+    """Say which split of collocated, prefill and decode workers serves the most requests in time per GPU."""
+    from rich.console import Console
+
+    from nanopd.config import SchedulerConfig
+    from nanopd.simulator import command, plan
+    from nanopd.simulator.hardware import hardware as find_hardware
+
+    with _plain_errors():
+        scheduler = SchedulerConfig(max_num_seqs, max_num_batched_tokens, None, max_model_len)
+        if trace is None:
+            load = plan.poisson_load(prompts, outputs, seed)
+        else:
+            load = plan.trace_load(command.trace_workload(trace, 1.0, limit, min(max_model_len, kv_blocks * 16)))
+        with Console(stderr=True).status("planning") as status:
+            found = plan.plan(find_hardware(hardware), workers, _slo(slo_ttft, slo_tpot), load,
+                              command.cache_for(load(1.0), kv_blocks), scheduler, rate=rate, check=check, progress=status.update)
+    plan.show(found, Console())
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
              add_help_option=False)
 def bench(context: typer.Context) -> None:
-    """Measure kernels, decode, prefill, serve, scheduler, transfer or cluster, and record it: bench BENCHMARK --help."""
+    """Measure kernels, decode, prefill, serve, scheduler, transfer, cluster or routing, or simulate a study of routing, and
+    record it: bench BENCHMARK --help."""
     from nanopd.benchmark.command import main as run
 
     raise typer.Exit(run(context.args))

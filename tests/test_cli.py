@@ -28,7 +28,7 @@ def test_version():
 def test_without_a_command_it_lists_them():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("doctor", "demo", "generate", "simulate"):
+    for command in ("doctor", "demo", "generate", "simulate", "plan"):
         assert command in result.output
 
 
@@ -100,6 +100,79 @@ def test_simulate_can_be_interrupted(monkeypatch):
     result = run("simulate", *FEW)
     assert result.exit_code == 130
     assert result.output.strip() == "nanopd: interrupted"
+
+
+# ---------------------------------------------------------------------------------------------------- plan
+
+PROMISED = ("--slo-ttft", 500, "--slo-tpot", 20)
+
+
+@pytest.fixture
+def few_requests(monkeypatch):
+    from nanopd.simulator import plan
+
+    monkeypatch.setattr(plan, "FEWEST", 20)
+    monkeypatch.setattr(plan, "MOST", 20)
+
+
+def test_plan_says_what_is_estimated_and_what_is_simulated(few_requests):
+    result = run("plan", *PROMISED, "--workers", 2, "--prompts", "short", "--outputs", "2-20", "--check", 1, "--rate", 20)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    for text in ("Planned: 2 workers of nvidia-h200/qwen3-8b", "estimated:", "simulated:", "P=1 D=1", "adaptive", "Simulated at",
+                 "20 requests,", "Best, by simulation: C=2", "20 requests a second are estimated to be served",
+                 "Nothing of this was measured"):
+        assert text in said
+    again = run("plan", *PROMISED, "--workers", 2, "--prompts", "short", "--outputs", "2-20", "--check", 1, "--rate", 20)
+    assert again.output == result.output
+
+
+def test_plan_by_formulas_alone_simulates_nothing(monkeypatch):
+    from nanopd.simulator import Simulation
+
+    monkeypatch.delattr(Simulation, "run")
+    result = run("plan", *PROMISED, "--workers", 3, "--check", 0, "--rate", 1e6)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "Best, by formulas alone:" in said and "simulated" not in said.lower() and "adaptive" not in said
+    assert "1e+06 requests a second are more than any split is estimated to serve in time" in said
+
+
+def test_plan_for_a_trace(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-01-01 00:00:00,100,5\n2024-01-01 00:00:08,9000,5\n"
+                     "2024-01-01 00:00:09,100,5\n")
+    result = run("plan", *PROMISED, "--workers", 2, "--check", 1, "--trace", trace)
+    assert result.exit_code == 0, result.output
+    assert "3 requests of trace.csv; 1 of them cut to 8,192 tokens" in " ".join(result.output.split())
+    result = run("plan", *PROMISED, "--trace", trace, "--limit", 1)
+    assert result.exit_code == 2 and "come at the same time" in result.output
+
+
+@pytest.mark.parametrize("options, says", [
+    (("--hardware", "h300"), "there are nvidia-h200/qwen3-8b, seed/h20, seed/rtx-4090"),
+    (("--hardware", "nowhere.json"), "can't read the profile"),
+    (("--workers", 0), "at least 1 worker, got 0"),
+    (("--slo-ttft", 0), "an SLO's ttft is a number of seconds above 0"),
+    (("--slo-tpot", 0.001), "however few come, no split of 4 workers of nvidia-h200/qwen3-8b is estimated"),
+    (("--rate", 0), "rate is a number of requests a second above 0"),
+    (("--rate", "nan"), "rate is a number of requests a second above 0"),
+    (("--check", -1), "0 or more, got -1"),
+    (("--prompts", "huge"), "prompts is short, long, mixed"),
+    (("--prompts", 9000), "raise max_model_len"),
+    (("--trace", "nowhere.csv"), "can't read the trace nowhere.csv"),
+    (("--kv-blocks", 0), "num_blocks must be at least 1"),
+])
+def test_plan_what_can_not_be(options, says):
+    result = run("plan", *PROMISED, *options)
+    assert result.exit_code == 2
+    assert says in result.output
+    assert "Traceback" not in result.output
+
+
+def test_plan_asks_for_the_slo():
+    result = run("plan", "--slo-ttft", 500)
+    assert result.exit_code == 2 and "--slo-tpot" in result.output
 
 
 # -------------------------------------------------------------------------------------------------- doctor

@@ -238,6 +238,8 @@ def _study(options: argparse.Namespace) -> Found:
     from nanopd.benchmark import study
 
     cells = [cell for cell in study.CELLS if options.only in (None, cell.mix)]
+    if not cells:
+        raise ValueError(f"no cell has the mix {options.only!r}; mixes are {'; '.join(dict.fromkeys(cell.mix for cell in study.CELLS))}")
     rows, summary = study.run(cells, options.jobs)
     return Found({}, rows, summary, [SIMULATED], on_cpu=True)
 

@@ -171,11 +171,12 @@ def _row(turn: Turn, measured: Summary, simulated: Summary) -> dict[str, Any]:
     return row
 
 
-def _over_best_fixed(rows: Sequence[dict[str, Any]]) -> float:
-    """The least, over all loads, of the adaptive goodput over the better fixed one's."""
+def _over_best_fixed(rows: Sequence[dict[str, Any]]) -> float | None:
+    """The least, over all loads, of the adaptive goodput over the better fixed one's. None where no fixed mode has any."""
     goodput = {(row["prompts"], row["load"], row["mode"]): row["goodput"] for row in rows}
     cells = {key[:2] for key in goodput}
-    return min(goodput[(*cell, "adaptive")] / max(goodput[(*cell, mode)] for mode in MODES[:2]) for cell in cells)
+    return min((goodput[(*cell, "adaptive")] / best for cell in cells if (best := max(goodput[(*cell, mode)] for mode in MODES[:2]))),
+               default=None)
 
 
 # -------------------------------------------------------------------------------------------------- held out

@@ -58,7 +58,7 @@ def run(cells: Sequence[Cell], jobs: int) -> tuple[list[dict[str, Any]], dict[st
         for (cell, way), rate in zip(asked, pool.map(_highest_rate, asked)):
             progress(f"{cell.hardware}, {cell.num_workers} workers, {cell.mix}, {cell.slo}: {way} {rate:.1f} requests/s")
             rates[cell][way] = rate
-        loads = [(cell, way, load * max(_fixed(rates[cell]).values())) for cell in cells for load in LOADS
+        loads = [(cell, way, load * best) for cell in cells if (best := max(_fixed(rates[cell]).values())) for load in LOADS
                  for way in ("adaptive", *_best_fixed(rates[cell], 2))]
         goodputs: dict[tuple[Cell, float], dict[str, float]] = {}
         for (cell, way, rate), goodput in zip(loads, pool.map(_goodput, loads)):
@@ -87,7 +87,8 @@ def _best_fixed(rates: dict[str, float], number: int) -> list[str]:
 
 
 def _row(cell: Cell, rates: dict[str, float], loads: list[dict[str, float]]) -> dict[str, Any]:
-    """`regrets`: by which share the best of the ways beat adaptive mode at each load, seen afterwards."""
+    """`regrets`: by which share the best of the ways beat adaptive mode at each load, seen afterwards. Where no fixed way serves
+    any in time, there is nothing to compare with."""
     best, slo = _best_fixed(rates, 1)[0], _Bench(cell).slo
     return {"hardware": cell.hardware, "workers": cell.num_workers, "mix": cell.mix, "slo": cell.slo,
             "slo_ttft_ms": 1e3 * slo.ttft, "slo_tpot_ms": 1e3 * slo.tpot, "best_fixed": best, "rates": rates,
@@ -98,7 +99,7 @@ def _row(cell: Cell, rates: dict[str, float], loads: list[dict[str, float]]) -> 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, shifts in (("steady", False), ("shifting", True)):
-        those = [row for row in rows if ("," in row["mix"]) == shifts]
+        those = [row for row in rows if ("," in row["mix"]) == shifts and row["over_best_fixed"] is not None]
         regrets = [regret for row in those for regret in row["regrets"]]
         if those:
             found[name] = {"cells": len(those), "least_over_best_fixed": min(row["over_best_fixed"] for row in those),

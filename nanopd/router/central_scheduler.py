@@ -288,9 +288,16 @@ class CentralScheduler:
         entry.stage = Stage.RESERVING
         entry.server = worker_id
         self.books.reserve(entry)
+        if entry.route is not None:
+            self.fleet.intend(entry.route.prefill, entry.job)
         entry.news_when_asked = self.fleet.workers[worker_id].news
         self.fleet.send(worker_id, Reserve(entry.job_request))
         return True
+
+    def _end_reserving(self, entry: Entry) -> None:
+        """Its blocks are granted, refused, or wanted no more. No effect where none were asked for."""
+        if entry.route is not None:
+            self.fleet.intend_no_more(entry.route.prefill, entry.job)
 
     def _enter(self, entry: Entry, worker_id: str) -> None:
         entry.timeline.path.append(worker_id)
@@ -340,6 +347,7 @@ class CentralScheduler:
         self._end_link(message.request_id, f"{worker_id} has no room for so many blocks now")
         entry = self._jobs.get(message.request_id)
         if entry is not None:
+            self._end_reserving(entry)
             self.fleet.workers[worker_id].refused_at = entry.news_when_asked
             entry.stage = Stage.QUEUED
             entry.was_refused = True
@@ -350,6 +358,8 @@ class CentralScheduler:
             self._on_link_granted(worker_id, message)
             return
         entry = self._jobs.get(message.request_id)
+        if entry is not None:
+            self._end_reserving(entry)
         prefiller = self.fleet.choose("P", wanted=entry and entry.route and entry.route.prefill)
         if entry is None or prefiller is None:  # ended meanwhile, or about to: nobody will write, nobody will read
             self.fleet.release(message.destination, "request", "writer")
@@ -504,6 +514,7 @@ class CentralScheduler:
         answered when it answers, and one that writes a prompt's KV says itself when it has stopped."""
         del self._jobs[entry.job]
         if entry.stage in (Stage.QUEUED, Stage.RESERVING):
+            self._end_reserving(entry)
             self._dequeue(entry)
             return
         if cancel:

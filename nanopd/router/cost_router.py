@@ -173,7 +173,8 @@ class CostRouter:
         parts = self.parts
         for worker in workers:
             if worker.is_open:
-                able[(parts and parts.get(worker.worker_id)) or worker.role].append(worker)
+                role = worker.role
+                able[parts.get(worker.worker_id, role) if parts and role == "C" else role].append(worker)
         both, first, second = able["C"], able["P"], able["D"]
         if self.cost.transfers:  # else only those who are to send and receive do so
             first, second = first + both, second + both

@@ -40,6 +40,7 @@ class WorkerState:
     next_role: str | None = None  # to be taken when nothing is in hand any more; until then no new work
     answers: dict[str, int] = field(default_factory=dict)  # job -> answers it writes, or is to set blocks aside for
     writes: dict[str, Destination] = field(default_factory=dict)  # job -> where the KV of the prompt it computes goes
+    intended: set[str] = field(default_factory=set)  # jobs whose prompts it is to compute, as soon as room is granted elsewhere
     book: Book = field(default_factory=Book)  # what that amounts to
     news: int = 1
     refused_at: int = 0  # its news when it was asked for the blocks that it refused
@@ -120,7 +121,18 @@ class Fleet:
     def may_pair(self, prefill: str, decode: str) -> bool:
         """Whether one worker may now compute a prompt for another. None both keeps room for others and computes for others: in a
         circle of such workers each could wait for room that the next one keeps, for ever."""
-        return not self.workers[prefill].awaits and not self.workers[decode].writes
+        writer = self.workers[decode]
+        return not (self.workers[prefill].awaits or writer.writes or writer.intended)
+
+    def intend(self, worker_id: str, job: str) -> None:
+        """The worker is to compute a job's prompt, once another has granted room for it."""
+        if worker_id in self.workers:
+            self.workers[worker_id].intended.add(job)
+
+    def intend_no_more(self, worker_id: str, job: str) -> None:
+        """It does so now, or won't."""
+        if worker_id in self.workers:
+            self.workers[worker_id].intended.discard(job)
 
     def seat(self, worker_id: str, job: str, num_answers: int) -> None:
         """The worker is to write so many answers of a job."""

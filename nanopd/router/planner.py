@@ -24,6 +24,7 @@ PRECISION = 0.005  # of a capacity, relative
 ROUNDS = 30  # of a fixed point at most
 MANY = 10**6  # workers
 FEW = 4  # workers, of which every split is looked at
+LEFT = 2  # collocated workers at most beside P and D, of more than a few
 _NORMAL = NormalDist()
 
 
@@ -115,34 +116,36 @@ class Planner:
     def __init__(self, cost: CostModel, size: WorkerSize, slo: SLO | None = None) -> None:
         self.cost = cost
         self.size = size
-        self.ttft = slo.ttft if slo and slo.ttft else math.inf
-        self.tpot = slo.tpot if slo and slo.tpot else math.inf
+        self.ttft = slo.ttft if slo else math.inf
+        self.tpot = slo.tpot if slo else math.inf
 
     def rank(self, num_workers: int, mix: Mix, least: Split = Split()) -> list[tuple[Split, float]]:
         """All splits with the requests a second that each serves so that 90% meet the SLO, the best first.
 
         Args:
-            least: so many workers keep to P and D.
+            least: so many workers keep to P and D, whatever the load.
 
         Raises ConfigError where there is no worker.
         """
         if num_workers < 1:
             raise ConfigError(f"there must be at least 1 worker, got {num_workers}")
         load = _Load(self, mix)
-        splits = Split.all_of(num_workers)
-        if num_workers > FEW:
-            splits = [split for split in splits if self._is_promising(split, load)]
+        splits = Split.all_of(num_workers) if num_workers <= FEW else self._promising(num_workers, load, least)
         ranked = [(split, load.capacity(split)) for split in splits if split.P >= least.P and split.D >= least.D]
         return sorted(ranked, key=lambda each: (-each[1], -each[0].C))
 
     @staticmethod
-    def _is_promising(split: Split, load: _Load) -> bool:
-        """Of many workers: all collocated, or at most two of them, and the others so shared out that neither P nor D has more
-        than a worker too many."""
-        if not split.P:
-            return True
-        wanted = load.prefillers_for_each_decoder
-        return split.C <= 2 and abs(split.P - (split.P + split.D) * wanted / (1 + wanted)) <= 1
+    def _promising(num_workers: int, load: _Load, least: Split) -> list[Split]:
+        """Of many workers: as many collocated as can be, or at most two, and the others so shared out that neither P nor D has
+        more than a worker too many."""
+        wanted, most = load.prefillers_for_each_decoder, num_workers - least.P - least.D
+        found = [Split(most, least.P, least.D)]
+        for others in range(num_workers - min(LEFT, most), num_workers + 1):
+            share = others * wanted / (1 + wanted)
+            low, high = max(least.P, 1), others - max(least.D, 1)
+            found += [Split(num_workers - others, prompts, others - prompts)
+                      for prompts in range(max(low, min(math.ceil(share - 1), high)), min(high, max(math.floor(share + 1), low)) + 1)]
+        return list(dict.fromkeys(found))
 
     def capacity(self, split: Split, mix: Mix) -> float:
         """Requests a second of which 90% meet the SLO; both pipelines side by side add up."""

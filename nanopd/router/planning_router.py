@@ -14,6 +14,8 @@ from nanopd.router.planner import Planner, WorkerSize
 from nanopd.router.role_keeper import RoleKeeper
 from nanopd.router.routing import Decision, Question, WorkerView
 
+ASKED = 1024  # requests that are remembered, to count each once
+
 
 class PlanningRouter(CostRouter):
     """See the module. `size`: what one worker takes; `options` are CostRouter's."""
@@ -21,11 +23,13 @@ class PlanningRouter(CostRouter):
     def __init__(self, cost: CostModel, predictor: LengthPredictor, slo: SLO, size: WorkerSize, **options: Any) -> None:
         super().__init__(cost, predictor, slo, chunk_tokens=size.max_num_batched_tokens, **options)
         self.keeper = RoleKeeper(Planner(cost, size, slo), lambda question: self._length(question).mean)
-        self._last = ""  # request that was asked about: one that waits is asked about again
+        self._asked: dict[str, None] = {}  # about the latest requests: one that waits, or was refused, is asked about again
 
     def choose(self, question: Question, workers: Sequence[WorkerView]) -> Decision | None:
-        if question.request_id != self._last:
-            self._last = question.request_id
+        if question.request_id not in self._asked:
+            self._asked[question.request_id] = None
+            if len(self._asked) > ASKED:
+                del self._asked[next(iter(self._asked))]
             self.keeper.arrived(question)
         self.parts = self.keeper.parts(question.now, workers)
         return super().choose(question, workers)

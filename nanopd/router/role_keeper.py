@@ -31,6 +31,7 @@ class RoleKeeper:
         self._expected = expected
         self._arrivals: deque[Question] = deque(maxlen=REMEMBERED)
         self._judged = 0.0
+        self._num_workers = 0  # at that time: who is lost may have been the only one of its part
         self._parts: dict[str, str] = {}  # by worker: "P" or "D"; those that are not here do all
 
     def arrived(self, question: Question) -> None:
@@ -39,12 +40,16 @@ class RoleKeeper:
 
     def parts(self, now: float, workers: Sequence[WorkerView]) -> dict[str, str]:
         """Of collocated workers that are to do one part only: "P" or "D", by id. All others are as their roles say."""
-        if now - self._judged >= EVERY and len(self._arrivals) >= ENOUGH:
-            self._judged = now
+        if len(self._arrivals) >= ENOUGH and (now - self._judged >= EVERY or len(workers) != self._num_workers):
+            self._judged, self._num_workers = now, len(workers)
             self._judge(now, workers)
         return self._parts
 
     def _judge(self, now: float, workers: Sequence[WorkerView]) -> None:
+        soft = {worker.worker_id: worker for worker in workers if worker.role == "C"}
+        self._parts = {worker_id: part for worker_id, part in self._parts.items() if worker_id in soft}
+        if not soft:
+            return
         roles = Counter(worker.role for worker in workers)
         fixed = Split(P=roles["P"], D=roles["D"])
         present = Split(**Counter(self._parts.get(worker.worker_id, worker.role) for worker in workers))
@@ -59,7 +64,7 @@ class RoleKeeper:
         best, best_capacity = next((split, rate) for split, rate in self._planner.rank(len(workers), mix, fixed)
                                    if split.C in (0, roles["C"]))
         if best_capacity >= GAIN * capacity:
-            self._share_out(best, fixed, [worker for worker in workers if worker.role == "C"])
+            self._share_out(best, fixed, list(soft.values()))
 
     def _share_out(self, split: Split, fixed: Split, workers: Sequence[WorkerView]) -> None:
         """Those that write least compute prompts, those that write most go on with that."""

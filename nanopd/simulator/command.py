@@ -46,6 +46,12 @@ class Workload:
     arrivals: list[Arrival]
     what: str
 
+    @property
+    def rate(self) -> float | None:
+        """Requests a second; None where all come at the same time."""
+        seconds = self.arrivals[-1].time - self.arrivals[0].time
+        return len(self.arrivals) / seconds if seconds > 0 else None
+
 
 def poisson_workload(rate: float, num_requests: int, prompts: str, outputs: str, seed: int) -> Workload:
     """See `poisson` and `lengths`."""
@@ -60,6 +66,11 @@ def trace_workload(path: Path, speed_up: float, limit: int | None, max_len: int)
     faster = f", {speed_up:g} times as fast" if speed_up != 1 else ""
     cut = f"; {trace.num_cut:,} of them cut to {max_len:,} tokens" if trace.num_cut else ""
     return Workload(trace.arrivals, f"{len(trace):,} requests of {trace.name}{faster}{cut}")
+
+
+def cache_for(workload: Workload, num_blocks: int) -> CacheConfig:
+    """Of every worker. Where no prompts share a beginning, caches of them find nothing, and looking takes time."""
+    return CacheConfig(num_blocks, enable_prefix_caching=any(one.prefix for one in workload.arrivals))
 
 
 @dataclass(frozen=True)

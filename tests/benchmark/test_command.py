@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,40 @@ def test_what_needs_a_gpu_says_so(no_gpu, bench, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_routing_needs_two_gpus_or_to_be_told_cpu(no_gpu, monkeypatch, tmp_path):
+    from nanopd.benchmark import routing
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    result = run("routing", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "`bench routing` needs two CUDA devices, and torch sees 1; `nanopd bench routing --device cpu`" in result.output
+    asked, profile = [], SimpleNamespace(device="Some CPU", save=lambda path: asked.append(path))
+    monkeypatch.setattr(routing, "run", lambda case: (asked.append(case), ([{"mode": "adaptive"}], {}, profile))[1])
+    result = run("routing", "--device", "cpu", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert asked == [routing.CASES["cpu"], tmp_path / "some-cpu" / "profile-tiny.json"]
+    assert load("routing", folder=tmp_path).rows == [{"mode": "adaptive"}]
+
+
+@pytest.mark.parametrize("args, mixes", [(("--only", "chat"), {"chat"}), ((), {"mixed", "chat", "documents", "documents, chat"})])
+def test_study_takes_a_mix_s_cells_or_all(monkeypatch, tmp_path, args, mixes):
+    from nanopd.benchmark import study
+
+    asked = []
+    monkeypatch.setattr(study, "run", lambda cells, jobs: (asked.append((cells, jobs)), ([{"mix": "chat"}], {}))[1])
+    result = run("study", "--jobs", 1, *args, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    (cells, jobs), = asked
+    assert jobs == 1 and {cell.mix for cell in cells} == mixes
+    report = load("study", folder=tmp_path)
+    assert report.device["kind"] == "cpu" and "simulated, not measured" in report.notes[0]
+
+
+def test_study_of_a_mix_that_there_is_not(tmp_path):
+    result = run("study", "--only", "poems", "--out", tmp_path)
+    assert result.exit_code == 2 and "poems" in result.output and "documents, chat" in result.output
+
+
 @pytest.mark.parametrize("args, says", [
     ((), "BENCHMARK"),
     (("nonsense",), "nonsense"),
@@ -66,6 +101,8 @@ def test_what_needs_a_gpu_says_so(no_gpu, bench, tmp_path):
     (("serve", "--sets", "4x64-32"), "REQUESTSxFROM-TO"),
     (("scheduler", "--batches", "0"), "at least 1"),
     (("serve", "--peer", "llama.cpp"), "transformers"),
+    (("study", "--jobs", "0"), "at least 1"),
+    (("routing", "--device", "tpu"), "cuda"),
 ])
 def test_wrong_options_are_named(args, says):
     result = run(*args)

@@ -64,42 +64,75 @@ def test_it_goes_where_the_router_says():
 
 
 def test_a_collocated_worker_may_be_either_end_of_a_pair():
-    for route in ("C0>C1", "C1>C0", "P0>C0", "C0>D0"):
-        script = adaptive("C0 C1 P0 D0", route)
-        prefill, decode = route.split(">")
-        script.submit("a")
-        script.step(script.grant(decode, "a"))
-        assert script.told() == [(decode, "Reserve", "a"), (prefill, "Prefill", "a")]
-        script.step((prefill, tokens("a")), (prefill, prefilled(destination(script, "a"), "a")))
-        assert str(script.central.timelines["a"]) == f"{prefill} -> {decode}"
-        script.step((decode, tokens("a", end=STOP)))
-        script.assert_empty()
-
-
-def scored(*routes):
-    return Decision(Route(*routes[0].split(">")), tuple(
-        Score(Route(*route.split(">")), {}, 0.0, 0.0, 0.0, place) for place, route in enumerate(routes)))
-
-
-def test_none_is_to_compute_for_others_while_it_keeps_room_for_them():
-    """The next best route is taken, or none, until that is over."""
-    script = adaptive("C0 C1", "C0>C1", scored("C1>C0", "C0>C0"), "C1>C0")
-    script.submit("a", "b", "c")
-    script.step()
-    assert script.told() == [("C1", "Reserve", "a"), ("C0", "Serve", "b")]
-    assert str(script.central.timelines["b"].decision.route) == "C0"
-    script.step(script.grant("C1", "a"))
-    script.step(("C0", tokens("a")), ("C0", prefilled(destination(script, "a"), "a")))
-    assert [what for what in script.told() if what[2] == "c"] == []
-    script.step()
-    assert script.told() == [("C0", "Reserve", "c")]
-
-
-def test_who_has_come_to_keep_room_for_others_meanwhile_does_not_compute():
-    script = adaptive("C0 C1 P0", "C0>C1", "P0>C0")
+    script = adaptive("C0 C1 P0", "C0>C1", "P0>C1")
     script.submit("a", "b")
-    script.step(script.grant("C1", "a"))
-    assert script.told() == [("C1", "Reserve", "a"), ("C0", "Reserve", "b"), ("P0", "Prefill", "a")]
+    script.step(script.grant("C1", "a"), script.grant("C1", "b"))
+    assert script.told() == [("C1", "Reserve", "a"), ("C1", "Reserve", "b"), ("C0", "Prefill", "a"), ("P0", "Prefill", "b")]
+    for worker_id, job in (("C0", "a"), ("P0", "b")):
+        script.step((worker_id, tokens(job)), (worker_id, prefilled(destination(script, job), job)))
+    assert [str(script.central.timelines[name]) for name in "ab"] == ["C0 -> C1", "P0 -> C1"]
+    script.step(("C1", tokens("a", end=STOP)), ("C1", tokens("b", end=STOP)))
+    script.assert_empty()
+
+
+def finish(script, name, prefill, decode):
+    script.step((prefill, tokens(name)), (prefill, prefilled(destination(script, name), name)))
+    script.step((decode, tokens(name, end=STOP)))
+
+
+@pytest.mark.parametrize("granted", [False, True])
+def test_who_computes_for_others_keeps_no_room_for_others_until_that_is_done(granted):
+    """From the moment on that it is to compute, though the room for that is not granted yet."""
+    script = adaptive("C0 C1 P0", "C0>C1", "P0>C0")
+    grant = [script.grant("C1", "a")]
+    script.submit("a")
+    script.step(*grant * granted)
+    script.submit("b")
+    script.step(*grant * (not granted))
+    script.step()
+    assert script.told() == [("C1", "Reserve", "a"), ("C0", "Prefill", "a")]
+    finish(script, "a", "C0", "C1")
+    script.step(script.grant("C0", "b"))
+    assert script.told()[-2:] == [("C0", "Reserve", "b"), ("P0", "Prefill", "b")]
+    finish(script, "b", "P0", "C0")
+    script.assert_empty()
+
+
+def test_who_keeps_room_for_others_computes_for_no_others():
+    script = adaptive("C0 C1 P0", "P0>C0", "C0>C1")
+    script.submit("a", "b")
+    script.step(script.grant("C0", "a"))
+    script.step()
+    assert script.told() == [("C0", "Reserve", "a"), ("P0", "Prefill", "a")]
+    finish(script, "a", "P0", "C0")
+    script.step(script.grant("C1", "b"))
+    assert script.told()[-2:] == [("C1", "Reserve", "b"), ("C0", "Prefill", "b")]
+
+
+@pytest.mark.parametrize("what", ["refused", "cancelled", "lost"])
+def test_who_is_to_compute_no_more_may_keep_room_again(what):
+    script = adaptive("C0 C1 P0", "C0>C1", "P0>C0")
+    script.submit("a")
+    script.step()
+    if what == "cancelled":
+        script.central.cancel("a")
+    script.submit("b")
+    script.step(*{"refused": [script.refuse("C1", "a")], "cancelled": [], "lost": [lost("C1")]}[what])
+    script.step()
+    assert ("C0", "Reserve") in {told[:2] for told in script.told()}
+
+
+def test_the_best_route_that_makes_no_circle_is_taken():
+    """Of those that the router has scored."""
+    def score(prefill, decode):
+        return Score(Route(prefill, decode), {}, 0.0, 0.0, 0.0, 0.0)
+
+    decision = Decision(Route("P0", "C0"), [score("P0", "C0"), score("P0", "C1"), score("C1", "C1")])
+    script = adaptive("C0 C1 P0", "C0>C1", decision)
+    script.submit("a", "b")
+    script.step()
+    assert script.told() == [("C1", "Reserve", "a"), ("C1", "Reserve", "b")]
+    assert script.central.timelines["b"].decision.route == Route("P0", "C1")
 
 
 def test_views_show_what_workers_have_in_hand():

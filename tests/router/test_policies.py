@@ -9,6 +9,7 @@ from nanopd.cost_model.analytical import StepWork
 from nanopd.cost_model.seed import SeedModel, seed_preset
 from nanopd.router.cost_router import CostRouter
 from nanopd.router.planner import WorkerSize
+from nanopd.router.planning_router import PlanningRouter
 from nanopd.router.policies import (
     ROUTERS,
     AlwaysCollocated,
@@ -66,8 +67,9 @@ def test_the_seed_s_rule_and_its_published_crossovers(name, load, expected):
 def test_routers_by_name():
     for name in ROUTERS:
         assert route(make_router(name, MODEL), views(EIGHT)) is not None
-    made = make_router("cost", MODEL, slo=SLO(1.0, 0.1), size=WorkerSize(64, 512, 10_000))
-    assert isinstance(made, CostRouter) and made.slo == SLO(1.0, 0.1) and made.chunk_tokens == 512
+    made = make_router("cost", MODEL, slo=SLO(1.0, 0.1), size=WorkerSize(64, 512, 100_000))
+    assert isinstance(made, PlanningRouter) and made.slo == SLO(1.0, 0.1) and made.chunk_tokens == 512
+    assert type(make_router("cost", MODEL, size=WorkerSize(64, 512, 100_000))) is CostRouter  # promises are what is planned for
     assert isinstance(make_router("seed").model, SeedModel)
     with pytest.raises(ConfigError, match="unknown router 'best'; there are cost, collocated.*method choose"):
         make_router("best")

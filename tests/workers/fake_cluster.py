@@ -233,7 +233,7 @@ def assert_nothing_in_hand(central):
     """Every request has ended and been forgotten, and no worker is thought to have one."""
     assert not central.has_work and not central._jobs and not any(central._lines.values())
     for worker_id, worker in central.fleet.workers.items():
-        assert (worker.answers, worker.writes, worker.load) == ({}, {}, 0), worker_id
+        assert (worker.answers, worker.writes, worker.intended, worker.load) == ({}, {}, set(), 0), worker_id
         assert (worker.book.pages, worker.book.total) == ({}, Page()), worker_id
 
 
