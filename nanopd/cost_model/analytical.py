@@ -17,7 +17,6 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from nanopd.cost_model.checks import Checked, CostModelError
 
-
 LINK_SHARPNESS = 3.0  # of transfers; not fitted, for there are few sizes
 
 
@@ -162,7 +161,8 @@ class TransferCost(Parameters):
     def exposed_seconds(self, num_bytes: float, computing_seconds: float, pieces: int) -> float:
         """From the end of computing until all has arrived, where each of `pieces` equal parts leaves once it is computed.
 
-        Either the link keeps up, and the last piece alone is left, or it is busy from the first piece on.
+        Either the link keeps up, and the last piece alone is left, or it is busy from the first piece on. What a send takes at
+        least is added whole: how much of it passes while other pieces move was not measured.
         """
         moving = num_bytes / self.bytes_per_second
         last, behind = moving / pieces, moving - computing_seconds * (1 - 1 / pieces)
@@ -203,7 +203,7 @@ class CostModel:
     message_seconds: float = 0.0
 
     def step_seconds(self, work: StepWork) -> float:
-        """One step. More work never takes less time, but for this: a prompt beside decodes does not wait for its launch."""
+        """One step. More work never takes less time, but for decodes beside a prompt: it does not wait for its launch then."""
         return self._step_seconds(work.prompt_tokens, work.pairs, work.decodes, work.context_tokens)
 
     def _step_seconds(self, prompt_tokens: float, pairs: float, decodes: float, context_tokens: float) -> float:

@@ -24,7 +24,14 @@ from nanopd.core import Overloaded, SamplingParams, StepRecord
 from nanopd.cost_model.analytical import Shape
 from nanopd.cost_model.checks import CostModelError
 from nanopd.cost_model.fit import fit_mixed
-from nanopd.cost_model.measurements import DecodeRow, Measurements, MessageRow, MixedRow, PrefillRow, TransferRow
+from nanopd.cost_model.measurements import (
+    DecodeRow,
+    Measurements,
+    MessageRow,
+    MixedRow,
+    PrefillRow,
+    TransferRow,
+)
 from nanopd.cost_model.profile import Profile
 from nanopd.cost_model.records import decode_rows, gap_between, mixed_rows, prefill_rows, typical
 
@@ -130,6 +137,8 @@ class _Budget:
 
 def _measure_prefill(load: _Load, budget: _Budget) -> tuple[list[PrefillRow], list[MessageRow]]:
     """Lone prompts of more and more tokens; long ones come in chunks. And how long they took to get there."""
+    for _ in range(TIMES):  # whatever happens once, or is slow at first
+        load.prompt(SHORTEST)
     begin = time.monotonic()
     for number, length in enumerate(sizes(SHORTEST, min(load.max_len - 1, load.num_tokens))):
         if number >= LEAST and not budget.has(2 * length * load.token_seconds, PREFILL_UNTIL):

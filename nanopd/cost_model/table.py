@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from nanopd.cost_model.analytical import CostModel, Parameters
@@ -14,31 +16,35 @@ if TYPE_CHECKING:
     from nanopd.cost_model.profile import Profile
 
 
+QUANTITY_WIDTH = 16  # of a terminal's 80 columns
 NAMES = {"bytes_per_second": "bytes/s"}
 
 
 def table(profile: Profile) -> Table:
-    """A row for each constant, in seconds where its name has no other unit. Errors are |predicted / measured - 1| of rows left
-    out of the fit."""
+    """A row for each constant, in seconds where its name has no other unit, and one for messages where they were measured.
+    Errors are |predicted / measured - 1| of rows left out of the fit."""
     from rich import box
     from rich.table import Table
 
     title = f"{profile.model}, {profile.dtype}, on {profile.device}"
     result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold",
-                   pad_edge=False, collapse_padding=True)
-    result.add_column("quantity", min_width=10)
+                   pad_edge=False, show_edge=False, collapse_padding=True)
+    result.add_column("quantity", no_wrap=True)
     for heading in ("constant", "value", "95% interval"):
         result.add_column(heading, justify="left" if heading == "constant" else "right", no_wrap=True)
-    for heading in ("median error", "p95 error"):
-        result.add_column(heading, justify="right")
+    for heading in ("median\nerror", "p95\nerror"):
+        result.add_column(heading, justify="right", no_wrap=True)
     for fit, constants in zip(profile.fits, _fitted(profile.cost, profile.fits), strict=True):
         errors = [_percent(fit.held_out_median_error), _percent(fit.held_out_p95_error)]
-        quantity = fit.quantity
-        for name in (*fit.intervals, *fit.assumed):
-            shown = NAMES.get(name, name.removesuffix("_seconds"))
-            result.add_row(quantity, shown, _number(getattr(constants, name)), _interval(fit, name), *errors)
-            quantity, errors = "", []
+        of_each = [(NAMES.get(name, name.removesuffix("_seconds")), _number(getattr(constants, name)), _interval(fit, name))
+                   for name in (*fit.intervals, *fit.assumed)]
+        # A link's name goes on beside its second constant.
+        for quantity, cells in zip_longest(wrap(fit.quantity.removeprefix("transfer "), QUANTITY_WIDTH), of_each, fillvalue=""):
+            result.add_row(quantity, *(cells or ("", "", "")), *errors)
+            errors = []
         result.add_section()
+    if profile.cost.message_seconds:
+        result.add_row("message", "median", _number(profile.cost.message_seconds))
     return result
 
 

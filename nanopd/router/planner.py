@@ -162,6 +162,9 @@ class _Load:
         budget = planner.size.max_num_batched_tokens
         self.prompt_steps = [math.ceil(prompt / budget) for prompt, _ in mix.lengths]
         self.prefills = [self._prefill(round(prompt), budget) for prompt, _ in mix.lengths]
+        # Prompts that wait share steps, and so what a step takes at least.
+        self.shared_prefills = [max(self._linear(prompt), 1e-9) for prompt, _ in mix.lengths]
+        self.floor = max(0.0, fmean(self.prefills) - fmean(self.shared_prefills))
         self.steps = fmean(self.prompt_steps)
         self.chunk = fmean(self.prefills) / self.steps  # seconds of a step with a part of a prompt alone
         self.chunk_tokens = fmean(prompt for prompt, _ in mix.lengths) / self.steps
@@ -169,6 +172,10 @@ class _Load:
 
     def _prefill(self, prompt: int, budget: int) -> float:
         return sum(count * self.cost.step_seconds(StepWork(tokens, pairs)) for count, tokens, pairs in chunks(prompt, 0, budget))
+
+    def _linear(self, prompt: float) -> float:
+        """Of a prompt among many in a step."""
+        return prompt * self.cost.prefill.token_seconds + attended_pairs(prompt) * self.cost.prefill.pair_seconds
 
     def capacity(self, split: Split) -> float:
         capacity = self._most(lambda rate: self._collocated(rate, split.C)) if split.C else 0.0
@@ -194,7 +201,7 @@ class _Load:
         return answers / max(prompts, 1e-9)
 
     def _disaggregated(self, rate: float, prefillers: int, decoders: int) -> float:
-        in_time = Queue(self.prefills, prefillers).attainment(rate, self.ttft)
+        in_time = Queue(self.shared_prefills, prefillers).attainment(rate, self.ttft - self.floor)
         if in_time < ATTAINMENT:
             return in_time
         batch = self._batch(rate / decoders, self._decode_step)

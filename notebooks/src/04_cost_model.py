@@ -271,7 +271,7 @@ def read_beside(length: int, batch: int, context: int) -> MixedRow:
         stream.result()
     return MixedRow(step.duration, length, 0, batch, float(batch * context))
 
-beside = [(256, 4, 64), (256, 16, 512), (512, 4, 512), (512, 16, 64), (512, 16, 256), (1024, 4, 256), (1024, 16, 64)]
+beside = [(length, *batch) for length in (128, 256, 512, 1024) for batch in ((4, 64), (16, 64), (16, 256))]
 mixed = quickest(read_beside(*cell) for _ in range(3) for cell in beside)
 prefill = quickest([*prefill, *map(read_alone, lengths)])  # once more: the machine may have been busier before
 both = next(row.seconds for row in mixed if (row.new_tokens, row.context_tokens) == (512, 16 * 256))
@@ -379,13 +379,16 @@ nanopd.check("04.6", decode_step_seconds)
 # %% [markdown] lang="en"
 # A prompt's compute has a part for each token and one for each **pair** of a token and one that it looks at: 4 tokens make
 # 1 + 2 + 3 + 4 = 10 pairs (`attended_pairs`). A step with a prompt *and* decodes is one pass over all of its tokens. Nothing is
-# added for interference, because nothing happens twice. `fit` finds the constants by relative error, says how sure it is of each,
-# and predicts every row once by a fit that has not seen it. `Profile.of`, above, has called it already:
+# added for interference, because nothing happens twice. But the pass has constants of its own: on a GPU, a worker that decodes
+# has queued the step before the last one has ended, while a lone prompt waits for its launch, so that a short one may take
+# longer *without* company. `fit` finds the constants by relative error, says how sure it is of each, and predicts every row once
+# by a fit that has not seen it. `Profile.of`, above, has called it already:
 
-# %% [markdown] lang="zh" en_hash="cc6736a5"
+# %% [markdown] lang="zh" en_hash="bc2b8111"
 # 提示的计算量有两部分：每个 token 一份，每一**对**“token 与它要看的 token”一份。4 个 token 有 1 + 2 + 3 + 4 = 10 对（`attended_pairs`）。
-# **既有**提示**又有**解码的一步，就是带着所有 token 过一遍模型。干扰不用另加，因为没有哪件事做了两遍。`fit` 按相对误差求常数，
-# 说出每个常数有多大把握，并且每一行都由一次没见过它的拟合预测过一遍。上面的 `Profile.of` 已经调用过它了：
+# **既有**提示**又有**解码的一步，就是带着所有 token 过一遍模型。干扰不用另加，因为没有哪件事做了两遍。不过这一遍有自己的一组常数：
+# 在 GPU 上，正在解码的 Worker 不等上一步结束，就已经把下一步排好了；单独一个提示却要等内核启动。所以短提示**没有**同伴时反而可能更慢。
+# `fit` 按相对误差求常数，说出每个常数有多大把握，并且每一行都由一次没见过它的拟合预测过一遍。上面的 `Profile.of` 已经调用过它了：
 
 # %%
 print("pairs of 4 tokens:", attended_pairs(4), "and of 1,024:", attended_pairs(1024))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from cost_model.models import DECODE, MIXED, MODEL, PEER, PREFILL, RELAY
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nanopd.cost_model.analytical import (
@@ -24,7 +24,7 @@ rates = st.floats(1e-12, 1e-3)
 sharpness = st.floats(1, 8)
 cost_models = st.builds(
     CostModel, st.builds(PrefillCost, rates, rates, rates, sharpness), st.builds(DecodeCost, rates, rates, rates, sharpness),
-    st.builds(MixedCost, rates, rates, rates), st.just((PEER,)), st.just(Shape(4, 1024)))
+    st.builds(MixedCost, rates, rates, rates, rates, rates, sharpness), st.just((PEER,)), st.just(Shape(4, 1024)))
 rows = st.builds(lambda new, cached: SimpleNamespace(num_new=new, num_cached=cached),
                  st.integers(1, 4096), st.integers(0, 32_768))
 works = st.lists(rows, max_size=6).map(StepWork.of)
@@ -34,15 +34,31 @@ SLACK = 1 + 1e-9  # of powers and roots
 # ------------------------------------------------------------------------------------------------ a step
 
 
+def kind(work):
+    return bool(work.prompt_tokens), bool(work.decodes)
+
+
 @given(cost_models, works, works)
 def test_more_work_takes_no_less_time(model, work, more):
+    """But for decodes that come to lone prompts."""
+    assume(kind(work) != (True, False) or not more.decodes)
     assert model.step_seconds(work + more) * SLACK >= model.step_seconds(work)
 
 
-@given(cost_models, works, works, st.booleans())
-def test_sharing_a_pass_is_never_dearer_than_two_steps(model, work, more, of_prompts):
-    nothing = dict(decodes=0, context_tokens=0) if of_prompts else dict(prompt_tokens=0, pairs=0)
-    work, more = work._replace(**nothing), more._replace(**nothing)
+@given(cost_models, works, works)
+def test_where_a_pass_takes_what_it_takes_alone_more_work_never_takes_less_time(model, work, more):
+    model = replace(model, mixed=MixedCost.on_top(model.prefill, model.mixed.sequence_seconds, model.mixed.context_token_seconds))
+    assert model.step_seconds(work + more) * SLACK >= model.step_seconds(work)
+
+
+def test_beside_a_decode_a_short_prompt_does_not_wait_for_its_launch():
+    chunk, decode = StepWork.chunk(32), StepWork(decodes=1, context_tokens=100)
+    assert MODEL.step_seconds(decode) < MODEL.step_seconds(decode + chunk) < MODEL.step_seconds(chunk)
+
+
+@given(cost_models, works, works)
+def test_sharing_a_pass_is_never_dearer_than_two_steps_of_its_kind(model, work, more):
+    assume(kind(work) == kind(more))
     assert model.step_seconds(work + more) <= (model.step_seconds(work) + model.step_seconds(more)) * SLACK
 
 
@@ -101,11 +117,12 @@ def test_a_mixed_step_does_not_pay_for_its_prefill_twice():
     mixed = MODEL.step_seconds(decodes + chunk)
     assert MODEL.step_seconds(chunk) < mixed < MODEL.step_seconds(decodes) + MODEL.step_seconds(chunk)
     # What it has beside the pass is what decodes add; the pass holds all tokens once.
-    assert mixed == pytest.approx(PREFILL.seconds(544, attended_pairs(512)) + MIXED.seconds(32, 32 * 1024))
+    in_pass = replace(PREFILL, floor_seconds=7e-3, token_seconds=23e-6, pair_seconds=1e-9, sharpness=3.0)
+    assert mixed == pytest.approx(in_pass.seconds(544, attended_pairs(512)) + 32 * 2e-6 + 32 * 1024 * 40e-9)
 
 
 def test_a_prompt_never_speeds_decodes_up():
-    odd = replace(MODEL, prefill=replace(PREFILL, floor_seconds=1e-6), mixed=MixedCost.on_top(replace(PREFILL, floor_seconds=1e-6), 0, 0))
+    odd = replace(MODEL, mixed=MixedCost.on_top(replace(PREFILL, floor_seconds=1e-6), 0, 0))
     decodes = StepWork(decodes=8, context_tokens=80_000)
     assert odd.step_seconds(decodes + StepWork.chunk(2)) == odd.step_seconds(decodes)
 
@@ -169,11 +186,20 @@ def simulated_pipeline(num_bytes, computing, pieces, link):
 def test_what_overlaps_with_computing_is_not_waited_for(num_bytes, computing, pieces):
     exposed = RELAY.exposed_seconds(num_bytes, computing, pieces)
     assert exposed == pytest.approx(simulated_pipeline(num_bytes, computing, pieces, RELAY), rel=1e-6, abs=1e-9)
-    assert exposed <= RELAY.seconds(num_bytes) * SLACK
+    # No sooner than a send of the last piece, no later than one after which the whole floor passes.
+    assert RELAY.seconds(num_bytes / pieces) <= exposed * SLACK
+    assert exposed <= (RELAY.latency_seconds + RELAY.seconds(num_bytes)) * SLACK
+
+
+def test_a_send_takes_its_floor_or_what_its_bytes_do():
+    balanced = 20e-6 * 390e9
+    assert PEER.seconds(balanced / 100) == pytest.approx(20e-6, rel=1e-5)
+    assert 20e-6 < PEER.seconds(balanced) < 40e-6
+    assert PEER.seconds(balanced * 100) == pytest.approx(100 * 20e-6, rel=1e-5)
 
 
 def test_units_bytes_over_bytes_a_second():
-    assert PEER.seconds(390e9) == pytest.approx(1 + 20e-6)
+    assert PEER.seconds(390e9) == pytest.approx(1)
     behind = MODEL.transfer_seconds(PEER, 2048, prefill_seconds=0.0)
     assert behind == pytest.approx(20e-6 + 2048 * 147_456 / 390e9)
     hidden = MODEL.transfer_seconds(PEER, 2048, prefill_seconds=0.05)
@@ -200,6 +226,8 @@ def test_a_pair_that_was_not_measured_is_as_slow_as_the_slowest_by_the_same_tran
     (lambda: replace(DECODE, sequence_seconds=float("nan")), r"DecodeCost.sequence_seconds must be a number above 0"),
     (lambda: replace(DECODE, sharpness=0.5), r"DecodeCost.sharpness must be a number of at least 1"),
     (lambda: replace(PEER, bytes_per_second=0.0), r"TransferCost.bytes_per_second must be a number above 0"),
+    (lambda: replace(MIXED, floor_seconds=0), r"MixedCost.floor_seconds must be a number above 0, got 0"),
+    (lambda: replace(MIXED, sequence_seconds=-1), r"MixedCost.sequence_seconds must be a number of at least 0, got -1"),
     (lambda: replace(PEER, source=""), r"TransferCost.source must be a text"),
     (lambda: Shape(36, 1.5), r"Shape.kv_bytes_per_token must be an integer above 0, got 1.5"),
 ])

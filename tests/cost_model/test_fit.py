@@ -23,7 +23,14 @@ from nanopd.cost_model.fit import (
     predicted_seconds,
     prediction_errors,
 )
-from nanopd.cost_model.measurements import DecodeRow, Measurements, MixedRow, PrefillRow, TransferRow
+from nanopd.cost_model.measurements import (
+    DecodeRow,
+    Measurements,
+    MessageRow,
+    MixedRow,
+    PrefillRow,
+    TransferRow,
+)
 
 PROMPTS = [(new, cached) for new in (16, 64, 256, 512, 1024, 2048, 4096, 8192) for cached in (0, 1024, 4096)]
 BATCHES = [(batch, context) for batch in (1, 4, 16, 32, 64, 128, 192, 256) for context in (128, 512, 1024, 2048)]
@@ -134,11 +141,17 @@ def test_errors_are_in_the_order_of_the_rows_and_held_out_rows_are_each_left_out
 
 def test_without_mixed_rows_decodes_cost_what_they_cost_among_themselves():
     model, fits = fit(replace(measured(), mixed=(), transfer=()), Shape(36, 147_456))
-    assert model.mixed.context_token_seconds == model.decode.context_token_seconds
     assert model.mixed.sequence_seconds == pytest.approx(1e-6, rel=0.01)  # 25 us, of which a token of a prompt's pass is 24
-    assert model.mixed.extra_seconds == 0
+    assert model.mixed == MixedCost.on_top(model.prefill, model.mixed.sequence_seconds, model.decode.context_token_seconds)
     assert model.transfers == ()
     assert len(fits) == 2
+
+
+def test_a_message_takes_the_median_of_those_that_were_measured():
+    rows = replace(measured(), messages=tuple(map(MessageRow, (3e-4, 9e-2, 2e-4))))
+    model, fits = fit(rows, MODEL.shape)
+    assert model.message_seconds == 3e-4
+    assert fit(measured(), MODEL.shape) == (replace(model, message_seconds=0.0), fits)
 
 
 def machine(seed):
@@ -177,7 +190,9 @@ def test_what_cannot_be_told_is_not_said_to_be_known():
     (lambda rows: fit_decode([row for row in rows.decode if row.context_tokens == 512 * row.decodes]),
      "apart; measure several batches and, in batches of one size, several contexts"),
     (lambda rows: fit_decode([row for row in rows.decode if row.decodes == 16] * 3), "decode: the 12 rows don't tell"),
-    (lambda rows: fit_mixed([rows.mixed[0]] * 5, PREFILL), "mixed: the 5 rows don't tell"),
+    (lambda rows: fit_mixed(rows.mixed[:5]), "mixed: 5 rows are too few for 5 constants; measure at least 6"),
+    (lambda rows: fit_mixed([rows.mixed[0]] * 6), "mixed: the 6 rows don't tell"),
+    (lambda rows: fit_mixed([row for row in rows.mixed if row.decodes == 8]), "measure prompts of several lengths beside several"),
     (lambda rows: fit_transfer([rows.transfer[0]] * 5), "by peer: the 5 rows don't tell latency_seconds, byte_seconds apart"),
     (lambda rows: fit_transfer(rows.transfer), "one pair of devices and one transport at a time, not of 2"),
     (lambda rows: fit_transfer([]), "not of 0"),

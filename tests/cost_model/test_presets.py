@@ -1,14 +1,22 @@
-"""Profiles made of recorded results: of synthetic ones, and of those in the repository where they are there."""
+"""Presets, and profiles made of recorded results: of synthetic ones, and of those in the repository."""
 
 from __future__ import annotations
 
 import pytest
 from cost_model.models import DECODE, MODEL, PEER, PREFILL
 
-from nanopd.benchmark.results import RECORDED, Report
-from nanopd.cost_model.analytical import StepWork, attended_pairs
+from nanopd.benchmark.results import RECORDED, Report, slug
+from nanopd.cost_model.analytical import Shape, attended_pairs
 from nanopd.cost_model.checks import CostModelError
-from nanopd.cost_model.presets import PRESETS, from_results, preset, preset_names, preset_path
+from nanopd.cost_model.fit import fit, predicted_seconds
+from nanopd.cost_model.presets import (
+    BYTES_PER_ELEMENT,
+    PRESETS,
+    from_results,
+    preset,
+    preset_names,
+    preset_path,
+)
 from nanopd.cost_model.profile import Profile
 from nanopd.models.spec import load_spec
 
@@ -96,11 +104,28 @@ def test_an_unknown_preset_says_which_there_are():
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_presets_are_what_the_recorded_results_give(name):
-    """Up to the last digits, in which versions of scipy differ."""
+def test_a_preset_is_of_what_it_is_named_after(name):
     found, (device, model) = preset(name), name.split("/")
-    again = from_results(RECORDED / device, model, load_spec(model))
-    assert found.measurements == again.measurements and found.notes == again.notes
-    for batch, context in CELLS:
-        work = StepWork(decodes=batch, context_tokens=batch * context)
-        assert found.cost.step_seconds(work) == pytest.approx(again.cost.step_seconds(work), rel=1e-3)
+    spec = load_spec(model)
+    assert (slug(found.device), found.model) == (device, model)
+    assert found.cost.shape == Shape(spec.num_layers, spec.kv_bytes_per_token(BYTES_PER_ELEMENT))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_s_constants_are_what_its_measurements_give(name):
+    """Up to the last digits, in which versions of scipy differ."""
+    found = preset(name)
+    again, fits = fit(found.measurements, found.cost.shape)
+    assert [each.quantity for each in fits] == [each.quantity for each in found.fits]
+    assert again.message_seconds == found.cost.message_seconds
+    rows = found.measurements
+    for row in (*rows.prefill, *rows.decode, *rows.mixed, *rows.transfer):
+        assert predicted_seconds(found.cost, row) == pytest.approx(predicted_seconds(again, row), rel=1e-3)
+
+
+def test_the_recorded_results_give_a_profile():
+    profile = from_results(RECORDED / "nvidia-h200", "qwen3-8b", load_spec("qwen3-8b"))
+    assert (slug(profile.device), profile.model, profile.cost.shape) == ("nvidia-h200", "qwen3-8b", MODEL.shape)
+    assert {link.transport for link in profile.cost.transfers} >= {"peer", "relay"}
+    for note, bench in zip(profile.notes, ("decode", "prefill", "transfer")):
+        assert note.startswith(f"{bench}: recorded ")

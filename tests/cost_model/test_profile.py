@@ -60,8 +60,8 @@ def test_what_was_saved_is_loaded(profile, tmp_path):
     (["versions", "torch"], 2, r"profile.versions.torch must be a text, got 2"),
     (["date"], "yesterday", r"profile: date 'yesterday' is not as in"),
     (["device"], "", r"profile: device is empty"),
-    (["schema"], 0, r"schema 0, this version reads 1: make the profile again"),
-    (["schema"], None, r"schema None, this version reads 1"),
+    (["schema"], 0, r"schema 0, this version reads 2: make the profile again"),
+    (["schema"], None, r"schema None, this version reads 2"),
 ])
 def test_a_malformed_profile_says_where(profile, path, value, message):
     with pytest.raises(CostModelError, match=message):

@@ -88,6 +88,7 @@ def test_every_quantity_is_measured(cluster):
     assert {(row.source, row.destination, row.transport) for row in rows.transfer} == {("cpu", "cpu", transport)}
     block = cluster.spec.kv_bytes_per_token(4) * 4
     assert {row.num_bytes for row in rows.transfer} == {block // 2, block, 4 * block, 16 * block, 64 * block}  # and one layer
+    assert len(rows.messages) >= len(rows.prefill) and profile.cost.message_seconds > 0
     assert profile.cost.shape.kv_bytes_per_token == cluster.spec.kv_bytes_per_token(4)
     assert {fit.quantity.split()[0] for fit in profile.fits} == {"prefill", "decode", "mixed", "transfer"}
     assert all(math.isfinite(error) for fit in profile.fits for error in (*fit.errors, *fit.held_out_errors))

@@ -51,4 +51,5 @@ def test_costs_of_a_model():
     costs, work = ModelCosts(MODEL), StepWork.chunk(300) + StepWork(decodes=3, context_tokens=900)
     assert costs.step_seconds(work) == MODEL.step_seconds(work)
     link = costs.link("cuda:0", "cuda:1")
-    assert link.latency + 1000 * link.token == pytest.approx(PEER.seconds(1000 * MODEL.shape.kv_bytes_per_token))
+    behind = MODEL.transfer_seconds(PEER, 1000, prefill_seconds=0.0)
+    assert link.latency + 1000 * link.token == pytest.approx(behind)

@@ -44,7 +44,7 @@ def profile():
     decode = [DecodeRow(5e-3 + 1e-4 * batch + 1e-5 * batch * context, batch, float(batch * context))
               for batch, context in ((1, 100), (2, 100), (4, 100), (8, 100), (8, 20), (16, 100), (16, 20), (32, 20))]
     mixed = [MixedRow(5e-3 + 1e-4 * (length + batch) + 1e-5 * batch * context, length, 0, batch, float(batch * context))
-             for length, batch, context in ((100, 4, 100), (500, 4, 20), (500, 16, 20), (1000, 16, 100))]
+             for length in (500, 700, 1000, 1500) for batch, context in ((4, 100), (16, 20), (16, 100))]
     transfer = [TransferRow(1e-4 + size / 1e9, "cpu", "cpu", "peer", size) for size in (1e4, 1e6, 1e8)]
     return Profile.of(Measurements(tuple(prefill), tuple(decode), tuple(mixed), tuple(transfer)), Shape(5, 5120),
                       device="<this> machine", model="tiny", dtype="float32", date="2026-01-02T03:04:05+00:00", versions={})

@@ -15,7 +15,8 @@ from nanopd.widgets.path_costs import FittedModel, FiveParameters, Request, five
 
 SEED = SeedModel(alpha_ms_per_token=0.1, beta_ms=20, batch_thresh=8, gamma_ms_per_token=0.08, bandwidth_gb_s=10, bytes_per_token=100_000)
 # Sharpness 1: everything adds up.
-MODEL = CostModel(PrefillCost(5e-3, 1e-4, 0.0, 1.0), DecodeCost(5e-3, 1e-4, 0.0, 1.0), MixedCost.on_top(PrefillCost(5e-3, 1e-4, 0.0, 1.0), 0.0, 0.0),
+PREFILL = PrefillCost(5e-3, 1e-4, 0.0, 1.0)
+MODEL = CostModel(PREFILL, DecodeCost(5e-3, 1e-4, 0.0, 1.0), MixedCost.on_top(PREFILL, 0.0, 0.0),
                   (TransferCost("a", "b", "slow", 1e-3, 1e9), TransferCost("a", "b", "quick", 1e-3, 1e10)), Shape(10, 100_000))
 
 

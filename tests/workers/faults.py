@@ -320,15 +320,15 @@ class FaultsThatAllSurvive:
         for give in give_back:
             give()
 
-    @pytest.mark.parametrize("message_type", [Prefill, Resume], ids=["on P", "on D"])
+    @pytest.mark.parametrize("message_type", [Prefill, Reserve], ids=["on P", "on D"])  # by which each gets to know a request
     def test_a_step_raises(self, cluster, load, message_type):
         """Those that are in it are told; the others go on."""
         broken: list[str] = []
 
         def break_one(worker_id, message):
-            if not isinstance(message, message_type) or broken:
+            if not isinstance(message, message_type) or message.request.request_id not in (broken or [message.request.request_id]):
                 return message
-            broken.append(message.request.request_id)
+            broken[:] = [message.request.request_id]  # also when it is refused, and asked about again
             return replace(message, request=breaking(message.request))
 
         with tampering(cluster, sent=break_one):
@@ -498,7 +498,7 @@ def lose_by_a_bug(cluster: Cluster, load: Load, victim: str) -> None:
     """A worker that is told what makes no sense, and can't go on."""
     run = Run(cluster, load)
     run.step_until(lambda: run.anybody(f"sent to {victim}"))
-    cluster._executor.send(victim, Resume(Request("of nobody", [1]), lease_id=10**6, written=[]))
+    cluster._executor.send(victim, Resume("of nobody", lease_id=10**6, written=[]))
     assert_outlived(run, victim, reason="KeyError: 1000000")
 
 
@@ -510,7 +510,7 @@ def lose_by_a_bad_token(cluster: Cluster, load: Load, victim: str) -> None:
     def spoil_one(worker_id: str, message: ToWorker) -> ToWorker:
         if spoiled or worker_id != victim or not isinstance(message, Resume):
             return message
-        spoiled.append(message.request.request_id)
+        spoiled.append(message.request_id)
         first, *others = message.written
         return replace(message, written=[replace(first, token_ids=[*first.token_ids[:-1], 2**40]), *others])
 
@@ -607,7 +607,7 @@ class Mishaps:
             corrupt(self._cluster, message)
 
     def _break(self, worker_id: str, message: ToWorker) -> ToWorker:
-        if (isinstance(message, Prefill) and self._due("break on P")) or (isinstance(message, Resume) and self._due("break on D")):
+        if (isinstance(message, Prefill) and self._due("break on P")) or (isinstance(message, Reserve) and self._due("break on D")):
             return replace(message, request=breaking(message.request))
         return message
 

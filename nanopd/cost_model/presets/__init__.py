@@ -1,9 +1,10 @@
 """Profiles that come with the package, and how one is made of recorded benchmarks.
 
-A preset is a file, <device>/<model>.json. `from_results` makes it of what `nanopd bench decode | prefill | transfer`
-recorded, without another measurement:
+A preset is a file, <device>/<model>.json, that a running cluster was measured for, as `nanopd profile` does. `from_results`
+makes a profile without another measurement, of what `nanopd bench decode | prefill | transfer` recorded. It tells less: those
+run one thing at a time.
 
-    from_results(RECORDED / "nvidia-h200", "qwen3-8b", load_spec("qwen3-8b")).save(preset_path("nvidia-h200/qwen3-8b"))
+    from_results(RECORDED / "nvidia-h200", "qwen3-8b", load_spec("qwen3-8b"))
 """
 
 from __future__ import annotations

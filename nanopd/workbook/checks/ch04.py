@@ -96,8 +96,8 @@ def check_step_equals_the_models(theirs: Callable[..., float]) -> None:
 
 # ------------------------------------------------------------------------------------------------- 04.8, whose time it is
 
-MODEL = CostModel(PrefillCost(8e-3, 24e-6, 8e-10, 3.0), DecodeCost(5e-3, 25e-6, 36e-9, 3.0), MixedCost.on_top(PrefillCost(8e-3, 24e-6, 8e-10, 3.0), 1e-6, 36e-9), (),
-                  Shape(36, 147_456))
+PREFILL = PrefillCost(8e-3, 24e-6, 8e-10, 3.0)
+MODEL = CostModel(PREFILL, DecodeCost(5e-3, 25e-6, 36e-9, 3.0), MixedCost.on_top(PREFILL, 1e-6, 36e-9), (), Shape(36, 147_456))
 
 
 @exercise("04.8", hint_en="The step that holds both takes model.step_seconds(running + prompt): that is the prompt's own time. Those "
