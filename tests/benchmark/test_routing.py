@@ -11,6 +11,7 @@ from cost_model.models import MODEL
 from nanopd.benchmark.open_loop import Measured
 from nanopd.benchmark.routing import (
     CASES,
+    LEAST,
     MODES,
     WARM_UP,
     Turn,
@@ -67,14 +68,18 @@ def test_adaptive_mode_is_compared_with_the_better_fixed_mode_of_each_load():
 
 
 def test_errors_are_of_the_prediction_whatever_its_sign():
-    """Decode steps that took as long as predicted, a prompt's twice as long, and a send half as long."""
-    decode, prompt = StepWork(decodes=1, context_tokens=101), StepWork.chunk(256)
-    steps = [StepRecord(0, 1.0, (RowRecord("a", 0, "decode", 1, 100),), (), 0, 0, 0, MODEL.step_seconds(decode)),
-             StepRecord(1, 2.0, (RowRecord("b", 0, "prefill", 256, 0),), (), 0, 0, 0, 2 * MODEL.step_seconds(prompt))]
+    """Decode steps that took as long as predicted, prompts twice as long, and a send half as long. Of two steps there is no
+    median to speak of."""
+    def steps(name, kind, new, cached, work, times, number=LEAST):
+        return [StepRecord(0, 10.0 * each, (RowRecord(f"{name}{each}", 0, kind, new, cached),), (), 0, 0, 0,
+                           times * MODEL.step_seconds(work)) for each in range(number)]
+
+    turn = [*steps("a", "decode", 1, 100, StepWork(decodes=1, context_tokens=101), 1),
+            *steps("b", "prefill", 256, 0, StepWork.chunk(256), 2), *steps("c", "prefill", 2000, 0, StepWork.chunk(2000), 9, LEAST - 1)]
     link = MODEL.transfers[0]
     send = TransferRow(link.seconds(1e8) / 2, link.source, link.destination, link.transport, 10**8)
-    errors = _errors(SimpleNamespace(cost=MODEL), [steps], (send,))
-    assert errors == {"decode": (pytest.approx(0),), "prefill": (pytest.approx(-0.5),), "transfer": (pytest.approx(1),)}
+    errors = _errors(MODEL, [turn], (send,))
+    assert errors == {"decode": (pytest.approx(0),), "prefill": (pytest.approx(-0.5),), "mixed": (), "transfer": (pytest.approx(1),)}
 
 
 def test_turns_are_all_modes_under_the_same_requests_at_rising_loads():
