@@ -53,6 +53,7 @@ STEPS, DECODE_FOR = 12, 0.2  # of a batch at least, and for so many seconds
 BATCHES_SEEN = 20  # batches that those of the first one should live to see
 LEAST = 4  # prompts that are measured whatever time it takes: fewer can't be fitted
 LEAST_BATCHES = (4, 3)  # of the first contexts, likewise
+LEAST_PROBES = 3  # lengths beside the first of those batches, one beside the others: of two, pairs look like tokens
 USABLE = 0.9  # share of the blocks: nobody shall be preempted
 
 
@@ -200,18 +201,19 @@ def _climb(load: _Load, budget: _Budget, context: int, room: int, least: int,
             batch += [load.send(context, room) for _ in range(missing)]
             alone, between = load.decode(batch, max(STEPS, room // BATCHES_SEEN)), time.monotonic()
             if number % 2 == 0 and size < most:
-                _send_probes(load, budget, number < least, budget.part(PROBES_SHARE, until))
+                needed = 0 if number >= least else 1 if number else LEAST_PROBES
+                _send_probes(load, budget, needed, budget.part(PROBES_SHARE, until))
         except Overloaded:  # the cluster lets no more in
             break
         yield alone, load.steps(between)
     load.clear()
 
 
-def _send_probes(load: _Load, budget: _Budget, is_needed: bool, until: float) -> None:
-    """Prompts, one after the other. `is_needed`: the shortest in any case."""
+def _send_probes(load: _Load, budget: _Budget, needed: int, until: float) -> None:
+    """Prompts, one after the other. `needed`: so many of the shortest in any case."""
     for length in PROBES:
         for turn in range(TIMES):
-            has_time = (is_needed and length == PROBES[0] and turn < 2) or budget.has(length * load.token_seconds, until)
+            has_time = (length in PROBES[:needed] and turn < 2) or budget.has(length * load.token_seconds, until)
             if length < load.max_len and has_time:
                 load.prompt(length)
 

@@ -167,8 +167,9 @@ def test_a_little_time_is_kept_to_as_far_as_can_be(open_cluster):
     """What must be known takes well under a second here; ten times that is for a machine that does much else."""
     with open_cluster() as cluster:
         start = time.monotonic()
-        profile_cluster(cluster, seconds=0.1)
+        profile = profile_cluster(cluster, seconds=0.1)
         assert time.monotonic() - start < 30
+    assert profile.measurements.mixed, "what has to be known of steps with prompts and decodes was measured all the same"
 
 
 def test_where_nothing_arrives_beside_others_that_is_assumed_and_said(open_cluster):
