@@ -94,7 +94,7 @@ class Cluster(Client):
             prefix_caching=engine_options.enable_prefix_caching)
         if mode == "adaptive":
             try:
-                self._central.router = self._make_router(router, slo, profile, engine_options)
+                self.router = self._make_router(router, slo, profile, engine_options)
             except BaseException:
                 self._release()
                 raise
@@ -141,6 +141,16 @@ class Cluster(Client):
     @property
     def limits(self) -> Limits:
         return self._central.limits
+
+    @property
+    def router(self) -> Router | None:
+        """Who is asked where requests go, in an adaptive cluster. Another one may be set while requests flow: those that come
+        after go where it says. Raises ConfigError where the cluster is not adaptive."""
+        return self._central.router
+
+    @router.setter
+    def router(self, router: Router) -> None:
+        self._central.router = router
 
     @property
     def device_name(self) -> str:

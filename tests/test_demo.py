@@ -131,7 +131,7 @@ def test_all_modes_agree_and_are_right():
     assert all(row.verdict == "right" for row in result.rows)
     assert {row.collocated.path for row in result.rows} == {"C0"}
     assert {row.disaggregated.path for row in result.rows} == {"P0 -> D0"}
-    assert {row.adaptive.path for row in result.rows} == {"C0", "P0 -> D0"}
+    assert {row.adaptive.path for row in result.rows} <= {"C0", "P0 -> D0", "P0 -> C0", "C0 -> D0"}
     assert all(s.ttft > 0 and s.tpot > 0 for row in result.rows for s in (row.collocated, row.disaggregated, row.adaptive))
     assert len(told) == 6
 

@@ -359,7 +359,7 @@ def test_whatever_the_router_tokens_are_the_dense_model_s(reference, options):
 def test_a_router_may_be_changed_while_requests_flow(reference):
     with reference.cluster("adaptive", "C:cpu P:cpu D:cpu", router="collocated") as cluster:
         serve_mix(cluster)
-        cluster._central.router = AlwaysDisaggregated()
+        cluster.router = AlwaysDisaggregated()
         stream = cluster.submit({"prompt_token_ids": list(prompt(9))}, greedy(4))
         stream.result()
         assert str(cluster.timeline(stream.request_id)) == "P0 -> D0"
