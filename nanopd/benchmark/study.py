@@ -28,26 +28,29 @@ from nanopd.simulator.workload import Arrival, lengths, poisson
 CACHE = CacheConfig(num_blocks=32_768, enable_prefix_caching=False)
 SCHEDULER = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=16_384)
 SIZE = WorkerSize.of(SCHEDULER, CACHE.num_blocks, CACHE.block_size)
-MIXES = {"mixed": ("mixed", "128"), "documents": ("4000-8000", "100-300"), "chat": ("200-800", "200-500")}  # prompts, answers
+MIXES = {"mixed": ("mixed", "128"), "documents": ("4000-8000", "100-300"), "chat": ("200-800", "200-500"),
+         "summaries": ("4000-8000", "20-60"), "stories": ("50-200", "500-1000")}  # prompts, answers
 SLOS = {"tight": 1.6, "loose": 4.0}  # TPOT over what a step of 32 answers takes alone
 WARM_UP, WINDOW = 5.0, 10.0  # seconds
-MOST = 1000  # requests of a simulation
-RANGE, HALVINGS = (0.4, 1.4), 6  # of the estimated capacity, in which the highest rate is sought
+MOST = 600  # requests of a simulation
+RANGE, PRECISION = (0.4, 1.2), 1.03  # of the estimated capacity, where the highest rate is sought first; and by which factor it is known
 LOADS = (0.5, 0.8, 1.0)  # shares of the best rate
-TURN = 15.0  # seconds, after which a mix that shifts is another
+TURN = 60.0  # seconds, after which a mix that shifts is another
 
 
 @dataclass(frozen=True)
 class Cell:
     hardware: str
     num_workers: int
-    mix: str  # one of MIXES, or two that take turns: "documents, chat"
+    mix: str  # one of MIXES, or two that take turns: "summaries, stories"
     slo: str
 
 
-CELLS = [Cell(name, 4, mix, slo) for name in ("nvidia-h200/qwen3-8b", "seed/h20", "seed/rtx-4090") for mix in MIXES for slo in SLOS]
-CELLS += [Cell("nvidia-h200/qwen3-8b", 8, mix, slo) for mix in MIXES for slo in SLOS]
-CELLS += [Cell("nvidia-h200/qwen3-8b", 4, "documents, chat", slo) for slo in SLOS]
+HARDWARE = ("seed/h20", "seed/rtx-4090", "nvidia-h200/qwen3-8b")
+STEADY = ("mixed", "documents", "chat")
+CELLS = [Cell("seed/h20", 4, "summaries, stories", slo) for slo in SLOS]
+CELLS += [Cell(name, 4, mix, slo) for name in HARDWARE for mix in STEADY for slo in SLOS]
+CELLS += [Cell("seed/h20", 8, mix, slo) for mix in STEADY for slo in SLOS]
 
 
 def run(cells: Sequence[Cell], jobs: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -166,9 +169,11 @@ class _Bench:
 
     def highest_rate(self, way: str) -> float:
         """At which the attainment suffices, sought by halving; 0 where that is below what is worth a look."""
-        low, high = (share * self.capacities[0] for share in RANGE)
-        found = 0.0
-        for _ in range(HALVINGS):
+        found, high = 0.0, RANGE[1] * self.capacities[0]
+        while self.outcome(way, high)[0] >= ATTAINMENT:
+            found, high = high, 1.5 * high
+        low = found or RANGE[0] * self.capacities[0]
+        while high > PRECISION * low:
             rate = (low + high) / 2
             if self.outcome(way, rate)[0] >= ATTAINMENT:
                 found = low = rate

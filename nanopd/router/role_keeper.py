@@ -10,7 +10,8 @@ from statistics import fmean
 from nanopd.router.planner import Mix, Planner, Split
 from nanopd.router.routing import Question, WorkerView
 
-REMEMBERED = 256  # of the latest arrivals: the load as it is now
+REMEMBERED = 256  # arrivals at most: the load as it is now
+RECENT = 5.0  # seconds in which those came, unless they are too few
 TOGETHER = 4  # of them, alike, that are reckoned with as one
 ENOUGH = 16  # of them, to judge by
 EVERY = 0.5  # seconds between two judgements
@@ -53,11 +54,13 @@ class RoleKeeper:
         roles = Counter(worker.role for worker in workers)
         fixed = Split(P=roles["P"], D=roles["D"])
         present = Split(**Counter(self._parts.get(worker.worker_id, worker.role) for worker in workers))
-        alike = sorted((question.prompt_len, self._expected(question)) for question in self._arrivals)  # as one knows it now
+        number = sum(now - question.arrival <= RECENT for question in self._arrivals)
+        latest = list(self._arrivals)[-max(number, ENOUGH):]
+        alike = sorted((question.prompt_len, self._expected(question)) for question in latest)  # as one knows it now
         groups = [alike[first : first + TOGETHER] for first in range(0, len(alike), TOGETHER)]
         mix = Mix(tuple((fmean(prompt for prompt, _ in group), fmean(answer for _, answer in group)) for group in groups))
         capacity = self._planner.capacity(present, mix)
-        rate = len(self._arrivals) / max(now - self._arrivals[0].arrival, 1e-9)
+        rate = len(latest) / max(now - latest[0].arrival, 1e-9)
         if rate < BUSY * capacity:
             return
         # One that does both beside others that do one part helps little where it happens to be busy with the other part.
