@@ -154,7 +154,7 @@ def _lines(found: Plan) -> list[str]:
     best, names = found.best[0], ", ".join(way.name for way in found.best)
     lines = [f"Estimated by queueing formulas: the highest rate at which {ATTAINMENT:.0%} meet the SLO."]
     if found.checked:
-        lines += [f"Simulated at {found.checked_rate:.2f} requests a second, {CHECKED_AT:.0%} of the best estimate: "
+        lines += [f"Simulated at {found.checked_rate:g} requests a second, {CHECKED_AT:.0%} of the best estimate: "
                   f"{found.checked.what}; the first {WARM_UP:.0%} are not counted.",
                   f"Best, by simulation: {names}; {found.goodput_per_gpu(best):.2f} requests a second in time per GPU"
                   + (f", alike within {ALIKE:.0%}." if len(found.best) > 1 else ".")]

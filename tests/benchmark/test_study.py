@@ -13,7 +13,7 @@ CHAT = Cell("nvidia-h200/qwen3-8b", 2, "chat", "loose")
 
 @pytest.fixture
 def tiny(monkeypatch):
-    for name, value in dict(MOST=40, HALVINGS=2, WARM_UP=0.5, WINDOW=1.0, LOADS=(0.8,), TURN=1.0).items():
+    for name, value in dict(MOST=40, WARM_UP=0.5, WINDOW=1.0, LOADS=(0.8,), TURN=1.0).items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.setitem(study.MIXES, "chat", ("200-300", "20-30"))
     monkeypatch.setitem(study.MIXES, "documents", ("4000-5000", "10-20"))
@@ -21,6 +21,7 @@ def tiny(monkeypatch):
 
 def test_a_cell_s_row_and_the_summary_hold_together(tiny, monkeypatch):
     monkeypatch.setattr(study, "ProcessPoolExecutor", InTurn)
+    monkeypatch.setattr(_Bench, "highest_rate", lambda bench, way: (0.5 if "P" in way else 0.6) * bench.capacities[0])
     (row,), summary = study.run([CHAT], jobs=1)
     assert (row["hardware"], row["workers"], row["mix"], row["slo"]) == ("nvidia-h200/qwen3-8b", 2, "chat", "loose")
     assert row["rates"].keys() == {"adaptive", "C=2", "P=1 D=1"}
