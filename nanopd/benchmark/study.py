@@ -34,6 +34,7 @@ SLOS = {"tight": 1.6, "loose": 4.0}  # TPOT over what a step of 32 answers takes
 WARM_UP, WINDOW = 5.0, 10.0  # seconds
 MOST = 600  # requests of a simulation
 RANGE, PRECISION = (0.4, 1.2), 1.03  # of the estimated capacity, where the highest rate is sought first; and by which factor it is known
+STEPS_UP = 6  # by a half each, from there
 LOADS = (0.5, 0.8, 1.0)  # shares of the best rate
 TURN = 60.0  # seconds, after which a mix that shifts is another
 
@@ -170,7 +171,9 @@ class _Bench:
     def highest_rate(self, way: str) -> float:
         """At which the attainment suffices, sought by halving; 0 where that is below what is worth a look."""
         found, high = 0.0, RANGE[1] * self.capacities[0]
-        while self.outcome(way, high)[0] >= ATTAINMENT:
+        for _ in range(STEPS_UP):
+            if self.outcome(way, high)[0] < ATTAINMENT:
+                break
             found, high = high, 1.5 * high
         low = found or RANGE[0] * self.capacities[0]
         while high > PRECISION * low:
