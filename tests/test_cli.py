@@ -241,7 +241,7 @@ def test_profile_measures_shows_and_writes(tmp_path):
     result = run("profile", "--topology", "C:cpu P:cpu D:cpu", "--seconds", 1, "--max-model-len", 256, "--max-num-seqs", 8,
                  "--max-num-batched-tokens", 64, "--out", out)
     assert result.exit_code == 0, result.output
-    for word in ("prefill", "decode", "mixed", "by local", "bytes/s", "sharpness", "95% interval", "mine.json"):
+    for word in ("prefill", "decode", "mixed", "cpu to cpu by", "bytes/s", "sharpness", "95% interval", "mine.json"):
         assert word in result.output
     from nanopd.cost_model.profile import Profile
 
