@@ -7,7 +7,8 @@ import pytest
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize(("lang", "word"), [("en", "thread blocks on"), ("zh", "个线程块")])
+@pytest.mark.parametrize(("lang", "word"), [
+    pytest.param("en", "thread blocks on", marks=pytest.mark.nightly), ("zh", "个线程块")])
 def test_the_explorer_follows_its_sliders(open_notebook, lang, word):
     notebook = open_notebook(f"solutions/{lang}/03_cuda_kernel.ipynb")
     notebook.run_all()
