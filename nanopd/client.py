@@ -94,8 +94,16 @@ class PromptReader:
         for message in messages or [None]:
             if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
                 raise InvalidRequest(f"a conversation is a list of {MESSAGE_FORM}; got {message!r:.80}")
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self._apply_template(messages)
         return text, self._token_ids(text, add_special_tokens=False)
+
+    def _apply_template(self, messages: Messages) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # some take no system message, or want roles in turn
+            raise InvalidRequest(f"the model's chat template does not take this conversation: {error}") from error
 
     def _token_ids(self, text: str, **options: bool) -> list[int]:
         try:
