@@ -298,6 +298,7 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a step.")] = 512,
     max_queued: Annotated[int, typer.Option(min=1, help="Most prompts open at once; beyond, clients are told to come later.")] = 1024,
     max_streams: Annotated[int, typer.Option(min=1, help="Most answers streamed at once.")] = 1024,
+    max_body: Annotated[int, typer.Option(min=1, help="Most bytes of a request.")] = 2 * 2**20,
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds an answer may take. Default: as long as it takes.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Of `nanopd profile`, for mode adaptive. Default: measured now.")] = None,
     slo_ttft: Annotated[float | None, typer.Option(help="Mode adaptive: the first token within so many ms; with --slo-tpot.")] = None,
@@ -315,7 +316,8 @@ def serve(
         command.serve(model, topology, mode, executor=executor, host=host, port=port, api_key=api_key, dtype=dtype,
                       load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
                       max_num_batched_tokens=max_num_batched_tokens, max_queued=max_queued, profile=profile,
-                      slo=_slo(slo_ttft, slo_tpot), limits=ServerLimits(max_streams=max_streams, timeout=timeout), console=Console())
+                      slo=_slo(slo_ttft, slo_tpot), console=Console(),
+                      limits=ServerLimits(max_streams=max_streams, max_body=max_body, timeout=timeout))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},

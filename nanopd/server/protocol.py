@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from nanopd.client import Messages, Prompt
 from nanopd.core import SamplingParams
@@ -50,13 +50,18 @@ class Ask(BaseModel):
     min_p: float | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stop_token_ids: Annotated[list[Whole], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool | None = None
     max_tokens: Whole | None = None
     min_tokens: Whole | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_is_a_list_too(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
 
     @classmethod
     def parse(cls, body: object) -> Ask:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -53,11 +58,13 @@ class Running:
 
 
 @contextmanager
-def running(topology="C:cpu", *, limits=None, api_key=None, grace=0.2, stalled=60.0, make_cluster=None, **options):
+def running(topology="C:cpu", *, limits=None, api_key=None, grace=0.2, stalled=60.0, send_buffer=None, make_cluster=None, **options):
     driver = Driver(make_cluster or (lambda: Cluster("tiny", topology, MODES[topology], **options)))
     driver.start()
     bounds = driver.call(lambda cluster: (cluster.limits.max_len, cluster.tokenizer)).result()
     with listen("127.0.0.1", 0, stalled) as listener:
+        if send_buffer:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         server = Server(Served("tiny", *bounds), driver, limits or ServerLimits(), api_key, grace=grace)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
@@ -69,6 +76,27 @@ def running(topology="C:cpu", *, limits=None, api_key=None, grace=0.2, stalled=6
             thread.join(30)
             driver.shutdown()
     assert not thread.is_alive()
+
+
+@contextmanager
+def served(*options):
+    """`nanopd serve` as users start it: (process, url)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    process = subprocess.Popen([sys.executable, "-u", "-m", "nanopd", "serve", "--port", "0", *options], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        said = ""
+        for line in process.stdout:
+            said += line
+            if found := re.search(r"listening on (http://\S+:\d+);", line):
+                break
+        else:
+            raise AssertionError(said)
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def until(holds, seconds=30.0):
