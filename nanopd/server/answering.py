@@ -32,7 +32,7 @@ class ServerLimits:
     timeout: float | None = None  # seconds that an answer may take; None: as long as it takes
 
 
-class Desk:
+class Service:
     """Knows the jobs that are open, and ends them when the server stops."""
 
     def __init__(self, driver: Driver, metrics: Metrics, limits: ServerLimits) -> None:
@@ -90,15 +90,15 @@ class Answer(Response):
     Raises ApiError where no answer has begun; once one has, an error is the last of its chunks.
     """
 
-    def __init__(self, desk: Desk, job: Job, form: Form, include_usage: bool) -> None:
+    def __init__(self, service: Service, job: Job, form: Form, include_usage: bool) -> None:
         super().__init__()
-        self._desk, self._job, self._form, self._include_usage = desk, job, form, include_usage
+        self._service, self._job, self._form, self._include_usage = service, job, form, include_usage
         self._is_last = False  # whether the last bytes are being sent: a client may leave when it has them
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         visit = visit_of(scope)
         try:
-            self._desk.open(self._job)
+            self._service.open(self._job)
             writing = asyncio.create_task(self._write_chunks(send, visit) if self._job.streams else self._write_whole(send))
             leaving = asyncio.create_task(_disconnect(receive))
             try:
@@ -110,7 +110,7 @@ class Answer(Response):
             finally:
                 await _end(writing, leaving)
         finally:
-            self._desk.close(self._job, visit.begun)
+            self._service.close(self._job, visit.begun)
 
     async def _write_whole(self, send: Send) -> None:
         outputs = await self._job.done()

@@ -19,11 +19,11 @@ from starlette.responses import Response
 
 from nanopd.client import PromptReader
 from nanopd.cluster import Cluster
-from nanopd.core import InvalidRequest
-from nanopd.server.answering import Answer, Desk, ServerLimits
+from nanopd.core import InvalidRequest, SamplingParams
+from nanopd.server.answering import Answer, ServerLimits, Service
 from nanopd.server.driver import Driver
 from nanopd.server.errors import ApiError, failed, invalid, to_json
-from nanopd.server.forms import ChatForm, CompletionForm
+from nanopd.server.forms import ChatForm, CompletionForm, Form
 from nanopd.server.gate import Gate, visit_of
 from nanopd.server.job import Job, ReadPrompt
 from nanopd.server.prometheus import Metrics
@@ -45,9 +45,9 @@ class Served:
 class Api:
     """The endpoints. One for each server."""
 
-    def __init__(self, served: Served, desk: Desk) -> None:
+    def __init__(self, served: Served, service: Service) -> None:
         self.served = served
-        self.desk = desk
+        self.service = service
         self.reader = PromptReader(served.tokenizer)
         self.created = int(time.time())
 
@@ -57,13 +57,14 @@ class Api:
         prompts = await asyncio.to_thread(lambda: [self.reader.read(prompt) for prompt in given])
         echo = await asyncio.to_thread(lambda: [self._text(prompt) for prompt in prompts]) if ask.echo else None
         form = CompletionForm(self.served.name, self.served.tokenizer, sampling.n, sampling.logprobs, echo)
-        return self._answer(ask, prompts, form)
+        return self._answer(ask, sampling, prompts, form)
 
     async def chat(self, request: Request) -> Response:
         ask = await self._ask(request, ChatAsk)
         sampling, conversation = ask.sampling(), ask.conversation()
         prompt = await asyncio.to_thread(self.reader.read_chat, conversation)
-        return self._answer(ask, [prompt], ChatForm(self.served.name, self.served.tokenizer, sampling.n, sampling.logprobs))
+        form = ChatForm(self.served.name, self.served.tokenizer, sampling.n, sampling.logprobs)
+        return self._answer(ask, sampling, [prompt], form)
 
     async def models(self) -> Response:
         return _json({"object": "list", "data": [self._model()]})
@@ -73,15 +74,15 @@ class Api:
         return _json(self._model())
 
     async def health(self) -> Response:
-        error = self.desk.error
+        error = self.service.error
         return _json({"status": "ok"} if error is None else {"status": "unavailable", "reason": error}, 200 if error is None else 503)
 
     async def metrics(self) -> Response:
         try:
-            workers = await asyncio.wait_for(asyncio.wrap_future(self.desk.driver.call(Cluster.status)), STATUS_WAIT)
+            workers = await asyncio.wait_for(asyncio.wrap_future(self.service.driver.call(Cluster.status)), STATUS_WAIT)
         except (RuntimeError, asyncio.TimeoutError):  # the cluster has failed, or is busy: the rest can be told
             workers = {}
-        return Response(self.desk.metrics.render(workers), media_type=CONTENT_TYPE_LATEST)
+        return Response(self.service.metrics.render(workers), media_type=CONTENT_TYPE_LATEST)
 
     async def _ask(self, request: Request, kind: type[Ask]) -> Any:
         """What the client wants. Raises ApiError."""
@@ -89,16 +90,16 @@ class Api:
         self._check_model(ask.model)
         return ask
 
-    def _answer(self, ask: Ask, prompts: list[ReadPrompt], form: Any) -> Answer:
-        job = Job(prompts, ask.sampling(), streams=bool(ask.stream), timeout=self.desk.limits.timeout)
-        return Answer(self.desk, job, form, ask.include_usage)
+    def _answer(self, ask: Ask, sampling: SamplingParams, prompts: list[ReadPrompt], form: Form) -> Answer:
+        job = Job(prompts, sampling, streams=bool(ask.stream), timeout=self.service.limits.timeout)
+        return Answer(self.service, job, form, ask.include_usage)
 
     async def _body(self, request: Request) -> bytes:
         """Raises ApiError for one that is too large, takes too long, or is said to be something else than JSON."""
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
             raise ApiError(415, f"the content type must be application/json, not {content_type!r:.80}")
-        limits = self.desk.limits
+        limits = self.service.limits
         try:
             return await asyncio.wait_for(_read(request, limits.max_body), limits.body_seconds)
         except asyncio.TimeoutError:
@@ -126,14 +127,14 @@ class Api:
 
 
 def make_app(served: Served, driver: Driver, limits: ServerLimits | None = None, api_key: str | None = None) -> FastAPI:
-    """The application of a driver that has been started. `app.state.desk` is its Desk.
+    """The application of a driver that has been started. `app.state.service` is its Service.
 
     Args:
         api_key: /v1 is for those who know it. None: for all.
     """
     limits = limits or ServerLimits()
     metrics = Metrics(driver)
-    api = Api(served, Desk(driver, metrics, limits))
+    api = Api(served, Service(driver, metrics, limits))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -141,7 +142,7 @@ def make_app(served: Served, driver: Driver, limits: ServerLimits | None = None,
         yield
 
     app = FastAPI(title="nanoPD", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.desk = api.desk
+    app.state.service = api.service
     app.add_middleware(Gate, metrics=metrics, most=limits.max_requests)
     router = APIRouter(prefix="/v1", dependencies=[Depends(_key_check(api_key))] if api_key else [])
     router.add_api_route("/completions", api.completions, methods=["POST"])

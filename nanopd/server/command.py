@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
         app = make_app(served, driver, limits, api_key)
         super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on",
                                         timeout_graceful_shutdown=int(grace + GRACE)))
-        self.desk, self._when_up, self._grace = app.state.desk, when_up, grace
+        self.service, self._when_up, self._grace = app.state.service, when_up, grace
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -75,7 +75,7 @@ class Server(uvicorn.Server):
             self._when_up()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.desk.stop(self._grace)
+        self.service.stop(self._grace)
         await super().shutdown(sockets)
 
 

@@ -189,6 +189,8 @@ class Driver:
         self._open.clear()
 
     def _settle(self, future: Future[Any], function: Callable[[Cluster], Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # nobody waits for it any more
         try:
             if self._is_broken:
                 raise RuntimeError(self.error)

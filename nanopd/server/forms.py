@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from nanopd.core import CompletionOutput, FinishReason, RequestOutput, TokenEvent
+from nanopd.core import CompletionOutput, RequestOutput, TokenEvent
 
 Json = dict[str, Any]
 
@@ -161,8 +161,3 @@ def usage(outputs: Iterable[RequestOutput]) -> Json:
         prompt += len(output.prompt_token_ids)
         answer += sum(len(one.token_ids) for one in output.outputs)
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
-
-
-def is_error(reason: FinishReason | None) -> bool:
-    """Whether an answer did not come to an end of its own."""
-    return reason in (FinishReason.ERROR, FinishReason.ABORT)

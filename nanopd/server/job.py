@@ -4,7 +4,6 @@ loop alone writes the second."""
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
@@ -39,7 +38,6 @@ class Job:
         self.sampling = sampling
         self.streams = streams
         self.timeout = timeout
-        self.begun = time.monotonic()
         self.outputs: dict[int, RequestOutput] = {}
         self.error: ApiError | None = None
         self._accepted = False

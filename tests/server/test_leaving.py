@@ -141,6 +141,18 @@ def test_a_signal_ends_the_process_cleanly(number, options):
 
 
 @pytest.mark.nightly
+def test_a_worker_that_is_killed_is_said_to_be_lost():
+    with served("--topology", "P:cpu D:cpu", "--executor", "process") as (process, url):
+        assert httpx.post(f"{url}/v1/completions", json=GOOD, timeout=60).json()["choices"][0]["text"] == "82"
+        psutil.Process(process.pid).children(recursive=True)[0].kill()
+        until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        for response in (httpx.get(f"{url}/health"), httpx.post(f"{url}/v1/completions", json=GOOD, timeout=60)):
+            assert response.status_code == 503 and "was lost (killed by SIGKILL)" in response.text
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+
+
+@pytest.mark.nightly
 def test_ctrl_c_while_it_loads():
     process = subprocess.Popen([sys.executable, "-u", "-m", "nanopd", "serve", "--port", "0"], stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

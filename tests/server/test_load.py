@@ -38,7 +38,7 @@ def figures(url):
 def is_idle(now):
     return not any(value for name, value in now.items()
                    if name in ("nanopd_requests_open", "nanopd_streams_open", "nanopd_prompts_waiting", "nanopd_prompts_running")
-                   or name.startswith("nanopd_kv_blocks") and 'state="used"' in name)
+                   or (name.startswith("nanopd_kv_blocks") and 'state="used"' in name))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 from server.harness import LONG, running, until
 
 from nanopd.cluster import Cluster
+from nanopd.server import app
 from nanopd.server.answering import ServerLimits
 
 GOOD = dict(prompt="What is 47+35?", temperature=0)
@@ -293,3 +295,15 @@ def test_a_driver_with_nothing_to_do_sleeps(monkeypatch):
         monkeypatch.setattr(server.driver, "_turn", lambda: (turns.append(1), turn()))
         time.sleep(2.5)
         assert 1 <= len(turns) <= 4
+
+
+def test_metrics_do_not_wait_for_busy_workers(monkeypatch):
+    monkeypatch.setattr(app, "STATUS_WAIT", 0.05)
+    with running() as server:
+        busy = threading.Event()
+        held_up = server.driver.call(lambda cluster: busy.wait(30))
+        said = server.metrics()
+        busy.set()
+        assert held_up.result(30)
+        assert not any(name.startswith("nanopd_kv_blocks") for name in said) and said["nanopd_requests_open"] == 0
+        assert server.post(**GOOD).status_code == 200 and server.is_empty()
