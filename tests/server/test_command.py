@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import socket
 import sys
 
@@ -73,7 +74,7 @@ def test_the_mode_is_the_one_that_uses_all_workers(topology, mode):
 
 
 def greeting(host, has_key):
-    console = Console(record=True, width=300, file=open("/dev/null", "w"))
+    console = Console(record=True, width=300, file=io.StringIO())
     with command.listen(host, 0) as listener:
         command._greet(console, Served("tiny", 64, None), listener, has_key)
         return console.export_text(), listener.getsockname()[1]
