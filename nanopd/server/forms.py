@@ -55,12 +55,11 @@ class Form(ABC):
         """What comes before all tokens, as choices."""
 
     def news(self, events: Iterable[tuple[int, TokenEvent]]) -> list[Json]:
-        """New events, as (position of the prompt, event), as one choice for each answer that they are of."""
+        """Choices of a chunk for new events, (position of the prompt, event): one for each answer that they are of."""
         by_choice: defaultdict[int, list[TokenEvent]] = defaultdict(list)
         for position, event in events:
             by_choice[position * self.n + event.index].append(event)
-        choices = (self._delta(index, its) for index, its in by_choice.items())
-        return [choice for choice in choices if choice is not None]
+        return [self._delta(index, its) for index, its in by_choice.items()]
 
     @abstractmethod
     def _choice(self, index: int, answer: CompletionOutput) -> Json: ...
@@ -72,11 +71,9 @@ class Form(ABC):
     @abstractmethod
     def _logprobs(self, index: int, drawn: list[Drawn]) -> Json: ...
 
-    def _delta(self, index: int, events: list[TokenEvent]) -> Json | None:
-        """None where nothing is to be said yet: a token may be half a character, or the beginning of a stop string."""
+    def _delta(self, index: int, events: list[TokenEvent]) -> Json:
+        """Its text may be empty: a token can be half a character, or the beginning of a stop string. But clients may count."""
         text, reason = "".join(event.text for event in events), events[-1].finish_reason
-        if not text and reason is None and self.logprobs is None:
-            return None
         choice = {**self._content(index, text), "logprobs": None, "finish_reason": reason and str(reason)}
         if self.logprobs is not None:
             choice["logprobs"] = self._logprobs(index, [
@@ -143,7 +140,7 @@ class ChatForm(Form):
                 "logprobs": self._whole_logprobs(index, answer), "finish_reason": str(answer.finish_reason)}
 
     def _content(self, index: int, text: str) -> Json:
-        return {"index": index, "delta": {"content": text} if text else {}}
+        return {"index": index, "delta": {"content": text}}
 
     def _logprobs(self, index: int, drawn: list[Drawn]) -> Json:
         return {"content": [{**self._token(one.token_id, one.logprob),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from checkpoints import make_checkpoint
+from server.harness import running
 
+from nanopd.cluster import Cluster
 from nanopd.core import SamplingParams
 from nanopd.tiny import demo_prompts
 
@@ -76,6 +79,24 @@ def test_a_stream_comes_in_pieces(one_server):
     chunks = list(one_server.openai.completions.create(model="tiny", prompt=STORY, temperature=0, max_tokens=60, stream=True,
                                                        extra_body={"ignore_eos": True}))
     assert len(chunks) > 10 and not any(chunk.usage for chunk in chunks)
+
+
+def test_a_model_without_a_tokenizer_takes_and_streams_token_ids(tmp_path):
+    path = str(tmp_path)
+    make_checkpoint(tmp_path, "qwen3", layers=1, hidden=32, heads=4, kv_heads=2, head_dim=8, vocab=64, max_position=64, eos=None)
+    with running(make_cluster=lambda: Cluster(path, "C:cpu", "collocated")) as server:
+        chunks = list(server.openai.completions.create(model="tiny", prompt=[1, 2, 3], temperature=0, max_tokens=20, stream=True,
+                                                       stream_options={"include_usage": True}))
+        pieces = [chunk.choices[0] for chunk in chunks[:-1]]
+        assert {piece.text for piece in pieces} == {""} and pieces[-1].finish_reason == "length"
+        assert 5 < len(pieces) <= 20 == chunks[-1].usage.completion_tokens
+        whole = server.openai.completions.create(model="tiny", prompt=[1, 2, 3], temperature=0, max_tokens=2, logprobs=0)
+        logprobs = whole.choices[0].logprobs
+        assert all(token.isdigit() for token in logprobs.tokens) and logprobs.top_logprobs is None
+        for path, body in (("completions", {"prompt": "x"}), ("completions", {"prompt": [1], "echo": True}),
+                           ("completions", {"prompt": [1], "stop": "x"}), ("chat/completions", {"messages": CHAT})):
+            refusal = server.post(f"/v1/{path}", **body)
+            assert refusal.status_code == 400 and "this model has no" in refusal.text
 
 
 def test_several_answers(server, llm):
