@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
-from checkpoints import make_checkpoint
 from server.harness import running
 
 from nanopd.cluster import Cluster
 from nanopd.core import SamplingParams
-from nanopd.tiny import demo_prompts
+from nanopd.tiny import WEIGHTS_DIR, demo_prompts
 
 TEXTS = [task.prompt for task in demo_prompts()[:5]]
 STORY = "Tell a story about a cat."
@@ -82,11 +83,12 @@ def test_a_stream_comes_in_pieces(one_server):
 
 
 def test_a_model_without_a_tokenizer_takes_and_streams_token_ids(tmp_path):
-    path = str(tmp_path)
-    make_checkpoint(tmp_path, "qwen3", layers=1, hidden=32, heads=4, kv_heads=2, head_dim=8, vocab=64, max_position=64, eos=None)
-    with running(make_cluster=lambda: Cluster(path, "C:cpu", "collocated")) as server:
-        chunks = list(server.openai.completions.create(model="tiny", prompt=[1, 2, 3], temperature=0, max_tokens=20, stream=True,
-                                                       stream_options={"include_usage": True}))
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(WEIGHTS_DIR / name, tmp_path)
+    with running(make_cluster=lambda: Cluster(str(tmp_path), "C:cpu", "collocated")) as server:
+        chunks = list(server.openai.completions.create(
+            model="tiny", prompt=[1, 2, 3], temperature=0, max_tokens=20, stream=True, stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True}))
         pieces = [chunk.choices[0] for chunk in chunks[:-1]]
         assert {piece.text for piece in pieces} == {""} and pieces[-1].finish_reason == "length"
         assert 5 < len(pieces) <= 20 == chunks[-1].usage.completion_tokens
@@ -100,7 +102,7 @@ def test_a_model_without_a_tokenizer_takes_and_streams_token_ids(tmp_path):
 
 
 def test_several_answers(server, llm):
-    sampling = dict(n=2, temperature=1.0, seed=7, max_tokens=24)
+    sampling = dict(n=2, temperature=1.0, seed=7, max_tokens=10)
     expected = texts(answers(llm, [STORY, TEXTS[1]], **sampling))
     assert len(set(expected)) > 2
     got = server.openai.completions.create(model="tiny", prompt=[STORY, TEXTS[1]], **sampling)

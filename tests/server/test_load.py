@@ -101,7 +101,7 @@ def check(came, number):
 
 
 def test_200_clients(llm):
-    check(under_load(llm, clients=200, number=500, warm_up=200), 500)
+    check(under_load(llm, clients=200, number=400, warm_up=200), 400)
 
 
 @pytest.mark.nightly
