@@ -15,7 +15,7 @@ from nanopd.workbook import routing
 from nanopd.workbook.check import check
 
 
-@pytest.fixture(autouse=True, params=["en", "zh"])
+@pytest.fixture(autouse=True, params=["en", pytest.param("zh", marks=pytest.mark.nightly)])
 def language(request, monkeypatch):
     monkeypatch.delenv("NANOPD_STRICT_CHECKS", raising=False)
     set_language(request.param)
