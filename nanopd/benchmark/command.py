@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nanopd.benchmark.results import RECORDED, Report
+from nanopd.benchmark.results import RECORDED, Report, rounded
 from nanopd.benchmark.show import progress, show
 
 if TYPE_CHECKING:
@@ -315,15 +315,6 @@ def _record(bench: str, found: Found, options: argparse.Namespace) -> None:
     report = Report(
         bench=bench, date=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=options.command,
         commit=commit, dirty=dirty, device=environment.device_facts(found.on_cpu), versions=environment.versions(),
-        ceilings=_rounded(found.ceilings), rows=_rounded(found.rows), summary=_rounded(found.summary), notes=found.notes)
+        ceilings=rounded(found.ceilings), rows=rounded(found.rows), summary=rounded(found.summary), notes=found.notes)
     show(report)
     progress(f"saved {report.save(options.out)}")
-
-
-def _rounded(value: Any) -> Any:
-    """Five digits are more than any of these measurements holds."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    return [_rounded(part) for part in value] if isinstance(value, list) else value

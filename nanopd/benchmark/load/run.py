@@ -1,0 +1,157 @@
+"""One open-loop run: its settings, how it is done, and the record of it as JSON.
+
+    settings = RunSettings(model="tiny", topology="C:cpu", rate=2.0)
+    with open_cluster(settings) as cluster:
+        record = run_on_cluster(settings, cluster)
+    record.save(Path("run.json"))
+    record.metrics["p99_ttft_ms"], record.settings["rate"], record.requests["ttft"]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanopd.benchmark.load.cluster import serve_cluster
+from nanopd.benchmark.load.metrics import load_metrics
+from nanopd.benchmark.load.record import ClientRecord, Load, Tally
+from nanopd.benchmark.load.schedule import Schedule, poisson_schedule
+from nanopd.benchmark.load.workloads import workload
+from nanopd.benchmark.results import rounded, write_whole
+from nanopd.config import SLO, ConfigError
+from nanopd.simulator.workload import checked
+
+if TYPE_CHECKING:
+    from nanopd.cluster import Cluster
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What is served by whom. Spans in seconds, bounds of the SLO in milliseconds, both or none.
+
+    Of the cluster, None leaves what `Cluster` does by default.
+    """
+
+    model: str = "tiny"
+    topology: str = "C:cpu"
+    mode: str = "collocated"
+    executor: str | None = None
+    transport: str = "auto"
+    dtype: str | None = None
+    load_format: str = "auto"
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
+    kv_blocks: int | None = None
+    profile: str | None = None  # a file: what an adaptive cluster goes by
+    workload: str = "short"
+    rate: float = 2.0  # requests a second
+    burstiness: float = 1.0
+    warmup: float = 2.0
+    window: float = 10.0
+    tail: float = 0.0
+    seed: int = 0
+    slo_ttft_ms: float | None = None
+    slo_tpot_ms: float | None = None
+    endpoint: str | None = None
+
+    @property
+    def slo(self) -> SLO | None:
+        """Raises ConfigError where only one bound is set, or one is no number above 0."""
+        if (self.slo_ttft_ms is None) != (self.slo_tpot_ms is None):
+            raise ConfigError("an SLO has two bounds, slo_ttft_ms and slo_tpot_ms: set both, or none")
+        return None if self.slo_ttft_ms is None else SLO(self.slo_ttft_ms / 1e3, self.slo_tpot_ms / 1e3)
+
+    def schedule(self, max_len: int) -> Schedule:
+        """The same for equal settings, whoever serves it. Raises ConfigError for what can't be, also for requests of more than
+        `max_len` tokens."""
+        made = poisson_schedule(self.rate, workload(self.workload), self.window, self.warmup, self.tail, self.seed, self.burstiness)
+        checked(made.arrivals, max_len)
+        return made
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run that is over. `requests` are columns, of the requests that count in the order of their arrival; in seconds, None
+    where there is none."""
+
+    settings: dict[str, Any]
+    metrics: dict[str, Any]  # of `load_metrics`
+    requests: dict[str, list[Any]]
+    device: dict[str, Any]
+    versions: dict[str, str | None]
+    commit: str | None  # None where it was not run from a checkout
+    dirty: bool | None  # whether the checkout differed from the commit
+    date: str  # ISO 8601, UTC
+    command: str
+    schema: int = field(default=SCHEMA)
+
+    @classmethod
+    def of(cls, settings: RunSettings, load: Load, device: dict[str, Any], command: str | None = None) -> RunRecord:
+        """`command`: what to type for the same run; default: what was typed."""
+        from nanopd.benchmark import environment
+
+        commit, dirty = environment.commit()
+        return cls(asdict(settings), rounded(load_metrics(load, settings.slo)), _columns(load.counted), device,
+                   environment.versions(), commit, dirty, datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                   command or " ".join(sys.argv))
+
+    def save(self, path: Path) -> None:
+        write_whole(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> RunRecord:
+        """Raises ValueError where the file is of another version, or no record of a run."""
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise ValueError(f"{path} is no record of a run with schema {SCHEMA}: run `nanopd bench serve --out {path}` again")
+        return cls(**data)
+
+
+def open_cluster(settings: RunSettings) -> Cluster:
+    """A cluster as these settings want it, not yet loaded. Raises ConfigError for settings that can't be."""
+    from nanopd.cluster import Cluster
+
+    options = {"dtype": settings.dtype, "max_num_seqs": settings.max_num_seqs, "max_model_len": settings.max_model_len,
+               "max_num_batched_tokens": settings.max_num_batched_tokens, "num_gpu_blocks_override": settings.kv_blocks,
+               "profile": settings.profile, "slo": settings.slo if settings.mode == "adaptive" else None}
+    return Cluster(settings.model, settings.topology, settings.mode, executor=settings.executor, transport=settings.transport,
+                   load_format=settings.load_format, seed=settings.seed,
+                   **{name: value for name, value in options.items() if value is not None})
+
+
+def run_on_cluster(settings: RunSettings, cluster: Cluster, progress: Callable[[Tally], None] | None = None,
+                   command: str | None = None) -> RunRecord:
+    """Serve one setting on a cluster, which may have served others of the same topology; in the settings' mode.
+
+    Raises ConfigError where requests are longer than the cluster takes, and Stopped on Ctrl-C.
+    """
+    schedule = settings.schedule(cluster.limits.max_len)
+    load = serve_cluster(cluster, schedule, settings.mode, settings.seed, progress)
+    return RunRecord.of(settings, load, device_of(cluster), command)
+
+
+def device_of(cluster: Cluster) -> dict[str, Any]:
+    from nanopd.benchmark import environment
+
+    return environment.device_facts(on_cpu=cluster.topology.devices == ["cpu"])
+
+
+def _columns(counted: Sequence[ClientRecord]) -> dict[str, list[Any]]:
+    """Times to ten microseconds."""
+    def column(of: Callable[[ClientRecord], float | None]) -> list[float | None]:
+        values = [of(record) if record.tokens else None for record in counted]
+        return [None if value is None else round(value, 5) for value in values]
+
+    return {
+        "arrival": [round(record.arrival, 5) for record in counted], "prompt_len": [record.prompt_len for record in counted],
+        "output_len": [record.num_tokens for record in counted], "ttft": column(lambda record: record.ttft),
+        "tpot": column(lambda record: record.tpot), "e2e": column(lambda record: record.e2e),
+        "mode": [record.mode for record in counted], "status": [record.status for record in counted]}

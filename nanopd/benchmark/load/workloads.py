@@ -1,0 +1,22 @@
+"""Workloads by their names: how long prompts and answers are."""
+
+from __future__ import annotations
+
+from nanopd.config import ConfigError
+from nanopd.simulator.workload import PROMPTS, Lengths, lengths
+
+OUTPUTS = "128"  # tokens of the answers to "short", "long" and "mixed"
+
+
+def workload(name: str) -> Lengths:
+    """Draws (prompt_len, output_len). `name` is "short" (64-256), "long" (1024-2048) or "mixed", with answers of 128 tokens, or
+    PROMPTS/OUTPUTS such as "64-256/128" or "mixed/16-64", each a number of tokens or a span.
+
+    Raises ConfigError where it is none of these.
+    """
+    if name in PROMPTS:
+        return lengths(name, OUTPUTS)
+    prompts, slash, outputs = name.partition("/")
+    if not slash:
+        raise ConfigError(f"unknown workload {name!r}; there are {', '.join(PROMPTS)}, or PROMPTS/OUTPUTS in tokens such as 64-256/128")
+    return lengths(prompts, outputs)
