@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanopd.benchmark.results import RECORDED, Report, rounded
 from nanopd.benchmark.show import progress, show
+from nanopd.benchmark.sweep_command import add_parsers
 
 if TYPE_CHECKING:
     from nanopd.llm import LLM
@@ -115,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     study = command("study", _alone(_study), "Simulated: adaptive mode beside each fixed way to use as many workers. Needs no GPU.")
     study.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes that work side by side")
     study.add_argument("--only", metavar="MIX", help="cells of this mix alone")
+
+    add_parsers(commands)
 
     command("all", _all, "All that need one GPU, what heats it last; about four minutes on an H200.")
     return parser
