@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from nanopd.benchmark.load.phases import note_phases
 from nanopd.benchmark.load.prompts import prompts
 from nanopd.benchmark.load.record import ClientRecord, Load, Stopped, Tally
 from nanopd.benchmark.load.schedule import Schedule
@@ -37,6 +38,7 @@ class _Driver:
         self.prompts = prompts(schedule.arrivals, cluster.limits.vocab_size, seed)
         self.records = schedule.records()
         self.open: dict[str, tuple[ClientRecord, Timeline]] = {}
+        self.ended: list[tuple[ClientRecord, Timeline]] = []
         self.num_sent = self.num_told = 0
 
     def run(self) -> Load:
@@ -49,6 +51,7 @@ class _Driver:
                 self._tell()
         except KeyboardInterrupt:
             raise Stopped(self._so_far()) from None
+        note_phases(self.ended, self.cluster.history(self.start), self.start)
         return Load(self.records, self.schedule.begin, self.schedule.end)
 
     def _send_due(self) -> None:
@@ -72,7 +75,7 @@ class _Driver:
         if event.token_id is not None:
             record.tokens.append(event.time - self.start)
         if event.finish_reason is not None:
-            del self.open[event.request_id]
+            self.ended.append(self.open.pop(event.request_id))
             if timeline.path:
                 record.mode = "disaggregated" if len(timeline.path) > 1 else "collocated"
             record.end(event.time - self.start, "completed" if event.error is None else "failed", event.error)

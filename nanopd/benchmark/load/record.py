@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Status = Literal["open", "completed", "failed", "dropped"]
+PHASES = ("queue", "prefill", "transfer", "decode")  # of a request's time, one after the other
 
 
 @dataclass
@@ -25,6 +26,7 @@ class ClientRecord:
     error: str | None = None
     mode: str = ""  # the pipeline it went through, where the client can know: "collocated" or "disaggregated"
     tokens: list[float] = field(default_factory=list)  # when each came; of an endpoint, when each piece of the answer came
+    phases: dict[str, float] | None = None  # seconds in each of PHASES, where the client can know
     num_reported: int | None = None  # tokens of the answer as the server counted them, where it said so
 
     def end(self, now: float, status: Status, error: str | None = None) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanopd.benchmark.load.cluster import serve_cluster
 from nanopd.benchmark.load.metrics import load_metrics
-from nanopd.benchmark.load.record import ClientRecord, Load, Tally
+from nanopd.benchmark.load.record import PHASES, ClientRecord, Load, Tally
 from nanopd.benchmark.load.schedule import Schedule, poisson_schedule
 from nanopd.benchmark.load.workloads import workload
 from nanopd.benchmark.results import rounded, write_whole
@@ -154,4 +154,12 @@ def _columns(counted: Sequence[ClientRecord]) -> dict[str, list[Any]]:
         "arrival": [round(record.arrival, 5) for record in counted], "prompt_len": [record.prompt_len for record in counted],
         "output_len": [record.num_tokens for record in counted], "ttft": column(lambda record: record.ttft),
         "tpot": column(lambda record: record.tpot), "e2e": column(lambda record: record.e2e),
-        "mode": [record.mode for record in counted], "status": [record.status for record in counted]}
+        "mode": [record.mode for record in counted], "status": [record.status for record in counted],
+        **_phases(counted)}
+
+
+def _phases(counted: Sequence[ClientRecord]) -> dict[str, list[float | None]]:
+    """No columns where nothing is known of them."""
+    if not any(record.phases for record in counted):
+        return {}
+    return {name: [record.phases and round(record.phases[name], 5) for record in counted] for name in PHASES}
