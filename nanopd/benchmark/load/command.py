@@ -67,7 +67,8 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rate", type=float, metavar="R", help=f"requests a second; default: {RATE:g}")
     group.add_argument("--burstiness", type=float, default=1.0, metavar="SHAPE",
                        help="1: Poisson; below: in bursts; above: more even (shape of the Gamma distribution of the gaps)")
-    group.add_argument("--warmup", type=float, default=RunSettings.warmup, metavar="S", help="seconds that do not count; default: %(default)g")
+    group.add_argument("--warmup", type=float, default=RunSettings.warmup, metavar="S",
+                       help="seconds whose requests do not count; default: %(default)g")
     group.add_argument("--window", type=float, metavar="S",
                        help=f"seconds after them whose requests count; default: {RunSettings.window:g}, or all of a trace")
     group.add_argument("--tail", type=float, default=0.0, metavar="S", help="seconds in which requests go on to come; default: 0")

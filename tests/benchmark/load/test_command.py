@@ -48,8 +48,8 @@ def test_defaults(monkeypatch):
 
 def test_options_become_settings(tmp_path):
     path = tmp_path / "trace.csv"
-    assert settings("--workload", "mooncake", "--model", "qwen3-8b", "--topology", "P:0 D:1", "--mode", "disaggregated", "--burstiness", 0.5,
-                    "--tail", 3, "--kv-blocks", 100) == RunSettings(
+    assert settings("--workload", "mooncake", "--model", "qwen3-8b", "--topology", "P:0 D:1", "--mode", "disaggregated",
+                    "--burstiness", 0.5, "--tail", 3, "--kv-blocks", 100) == RunSettings(
         model="qwen3-8b", topology="P:0 D:1", mode="disaggregated", workload="mooncake", rate=command.RATE, burstiness=0.5, tail=3.0,
         kv_blocks=100)
     of_trace = settings("--trace", path, "--speed-up", 4, "--topology", "C:cpu")
@@ -112,9 +112,8 @@ def test_how_far_it_is(monkeypatch, capsys, is_terminal):
 
 
 def test_what_ought_to_be_known_of_the_figures_is_said(capsys):
-    load = Load([ClientRecord(0.0, 10, 4, sent=0.0, ended=2.0, status="completed", mode="collocated", tokens=[1.0, 2.0], num_reported=4),
-                 ClientRecord(0.0, 10, 4, sent=0.0, ended=2.0, status="completed", mode="disaggregated", tokens=[1.0, 2.0], num_reported=4)],
-                0.0, 3.0)
+    load = Load([ClientRecord(0.0, 10, 4, sent=0.0, ended=2.0, status="completed", mode=mode, tokens=[1.0, 2.0], num_reported=4)
+                 for mode in ("collocated", "disaggregated")], 0.0, 3.0)
     command.show(RunRecord.of(RunSettings(rate=1.0), load, {}, num_cut=2))
     said = capsys.readouterr().out
     for text in ("2 requests were cut", "4 of 8 tokens came in a piece with another one", "collocated 50%, disaggregated 50%"):
