@@ -97,9 +97,7 @@ def run(options: argparse.Namespace) -> int:
         record = _on_endpoint(settings, line) if settings.endpoint else _on_cluster(settings, line)
     except Stopped as stopped:
         line.end()
-        show(RunRecord.of(settings, stopped.load, {}))
-        print("stopped: these are the requests sent by then; those that were still open count as failed. Nothing was saved",
-              file=sys.stderr)
+        _show_stopped(RunRecord.of(settings, stopped.load, {}))
         return 130
     line.end()
     record = replace(record, command=options.command, **({"commit": options.commit, "dirty": None} if options.commit else {}))
@@ -108,6 +106,14 @@ def run(options: argparse.Namespace) -> int:
         record.save(options.out)
         progress(f"saved {options.out}")
     return 0
+
+
+def _show_stopped(record: RunRecord) -> None:
+    if not record.requests["arrival"]:
+        print("stopped before a request came that counts", file=sys.stderr)
+        return
+    show(record)
+    print("stopped: these are the requests sent by then; those that were still open count as failed. Nothing was saved", file=sys.stderr)
 
 
 def settings_of(options: argparse.Namespace) -> RunSettings:

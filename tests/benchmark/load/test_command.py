@@ -98,6 +98,16 @@ def test_ctrl_c_shows_what_there_is_and_saves_nothing(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_before_there_is_anything(monkeypatch):
+    def interrupted(chosen, line):
+        raise Stopped(Load([], 2.0, 2.0))
+
+    monkeypatch.setattr(command, "_on_cluster", interrupted)
+    result = run(*QUICK)
+    assert result.exit_code == 130
+    assert "stopped before a request came that counts" in result.output and "first token" not in result.output
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_how_far_it_is(monkeypatch, capsys, is_terminal):
     """Each second on a terminal, always in the same line; every ten seconds elsewhere."""
