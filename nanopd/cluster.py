@@ -190,6 +190,11 @@ class Cluster(Client):
         at `since` or later, on the monotonic clock."""
         return self._executor.history(since)
 
+    @property
+    def lack(self) -> str | None:
+        """Why nothing can be served any more: the workers that are lost. None as long as something can."""
+        return self._central.fleet.lack(self.mode)
+
     def set_role(self, worker_id: str, role: str) -> None:
         """Give a worker another role ("C", "P" or "D"), while requests flow: it ends what it has, and changes then.
 

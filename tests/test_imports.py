@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the client's side: text, without tensors
     "client": BASE | {"engine.limits", "engine.output"},
 }
-EVERYTHING = {*MAY_IMPORT, "llm", "cluster", "benchmark", "widgets", "workbook", "doctor", "demo", "cli"}
+EVERYTHING = {*MAY_IMPORT, "llm", "cluster", "benchmark", "widgets", "workbook", "server", "doctor", "demo", "cli"}
 
 # These sit on top: they may import anything, and only they import each other.
 TOP = {
@@ -65,6 +65,7 @@ TOP = {
     "benchmark": EVERYTHING - {"cli", "workbook"},
     "widgets": EVERYTHING - {"cli", "workbook"},
     "workbook": EVERYTHING - {"cli"},
+    "server": EVERYTHING - {"cli", "benchmark", "widgets", "workbook"},
     "doctor": EVERYTHING - {"cli"},
     "demo": EVERYTHING - {"cli"},
     "cli": EVERYTHING,

@@ -235,7 +235,7 @@ def forget_prefixes(cluster: Cluster) -> None:
 
 def _prompts(cluster: Cluster, load: Load) -> list[list[int]]:
     """Token ids of each."""
-    return [cluster._tokenize(prompt)[1] for prompt, _ in load.asked]
+    return [cluster._reader.read(prompt)[1] for prompt, _ in load.asked]
 
 
 def workers_of(cluster: Cluster, role: str) -> list[str]:
