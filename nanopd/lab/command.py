@@ -43,12 +43,11 @@ def release(
     """Make nbgrader assignments of chapters, one of each. What students get is then in DIR/release."""
     from nanopd.lab import course
 
-    with plain_errors(), _status("releasing"):
-        made, there = course.release(directory, lang, _together(chapters, more))
-    for assignment in made:
-        typer.echo(f"released: {directory / 'release' / assignment}")
-    for assignment in there:
-        typer.echo(f"left as it is: {directory / 'release' / assignment} was released before; move it away to release it anew")
+    with plain_errors():
+        for assignment, is_new in course.release(directory, lang, _together(chapters, more)):
+            path = directory / "release" / assignment
+            typer.echo(f"released: {path}" if is_new else
+                       f"left as it is: {path} was released before; move it away to release it anew")
 
 
 @app.command()
@@ -83,20 +82,17 @@ def _together(chapters: list[str] | None, more: list[str] | None) -> list[str]:
 
 
 @contextmanager
-def _status(text: str) -> Iterator[None]:
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield
-
-
-@contextmanager
 def _progress(assignment: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal, which goes as it is done or interrupted."""
+    """A bar on a terminal, which goes as it is done or interrupted; elsewhere a line for each student."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda student, done, total: typer.echo(f"{assignment}: {done} of {total} done" + (student and f", next {student}"),
+                                                      err=True)
+        return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(assignment, total=None)
         yield lambda student, done, total: bar.update(task, description=f"{assignment} {student}", completed=done, total=total)

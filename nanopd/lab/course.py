@@ -11,6 +11,7 @@ nbgrader's own commands can be used here between ours.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from nanopd.lab import LabError, nbgrader
@@ -25,25 +26,22 @@ c.Execute.iopub_timeout = 60  # a machine that grades is a busy one
 """
 
 
-def release(course: Path, lang: str, wanted: list[str]) -> tuple[list[str], list[str]]:
-    """Make the course directory, or add to it. Returns the assignments released now, and those that had been before.
+def release(course: Path, lang: str, wanted: list[str]) -> Iterator[tuple[str, bool]]:
+    """Make the course directory, or add to it. Yields each assignment in turn, and whether it is released only now.
 
     What is in source/ already is the instructor's own and is released as it is.
     """
     nbgrader.need_nbgrader()
-    made, there = [], []
     solutions = chapters(lang, wanted, solved=True)
     course.mkdir(parents=True, exist_ok=True)
     if not (course / CONFIG).exists():
         (course / CONFIG).write_text(CONFIG_TEXT, encoding="utf-8")
     for solution in solutions:
         assignment = f"{solution.stem}_{lang}"  # this ending tells the notebook's code its language
-        if (course / "release" / assignment).exists():
-            there.append(assignment)
-        else:
+        is_new = not (course / "release" / assignment).exists()
+        if is_new:
             _release(course, assignment, solution)
-            made.append(assignment)
-    return made, there
+        yield assignment, is_new
 
 
 def _release(course: Path, assignment: str, solution: Path) -> None:

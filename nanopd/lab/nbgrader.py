@@ -70,9 +70,8 @@ def main(step: str, *arguments: str) -> int:
     api = NbGraderAPI(config=settings.config)
     for name in STEPS[step]:
         result = getattr(api, name)(*arguments)
-        print(result.get("log", ""))
         if not result["success"]:
-            print(result["error"])
+            print(result.get("log") or result["error"])  # the log ends with the cause, the error with nbgrader's own words on it
             return 1
     return 0
 
