@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,31 @@ def test_graded_again_only_the_changed_are_run(released, monkeypatch):
     os.utime(again, (old, old))  # as an archive unpacks it
     assert run("grade", released).exit_code == 0
     assert ran == [("grade", assignment, "0042")]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_an_exercise_s_name_means_nothing_elsewhere(chapter):
+    """Else a check would find another function of that name where the exercise's cell was emptied, and might give its points."""
+    notebook = json.loads((books.notebooks() / "solutions" / "en" / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    checked = set(re.findall(r'nanopd\.check\("[^"]+", (\w+)\)', "\n".join("".join(cell["source"]) for cell in code)))
+    elsewhere = [name for cell in code if "nbgrader" not in cell["metadata"] for name in bound_by("".join(cell["source"]))]
+    assert checked and not checked & set(elsewhere)
+
+
+def bound_by(source: str) -> Iterator[str]:
+    """Names that a cell gives a meaning to, outside of functions and classes."""
+    nodes: list[ast.AST] = list(ast.parse("\n".join(line for line in source.split("\n") if line[:1] not in ("%", "!"))).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from (alias.asname or alias.name for alias in node.names)
+        else:
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                yield node.id
+            nodes += ast.iter_child_nodes(node)
 
 
 @pytest.mark.nightly
