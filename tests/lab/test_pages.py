@@ -41,9 +41,9 @@ def sections(chapter: str) -> set[str]:
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_the_instructors_page_has_each_exercise_with_its_points(lang, unit, chapter):
     text = page(lang, "INSTRUCTOR.md")
-    [row] = re.findall(rf"^\| {chapter[:2]} .*\| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    rows = re.findall(rf"^\| {chapter[:2]} .*\| (\d+) \| (\d+) \|$", text, re.MULTILINE)
     expected = exercises(chapter)
-    assert tuple(map(int, row)) == (len(expected), sum(expected.values()))
+    assert [tuple(map(int, row)) for row in rows] == [(len(expected), sum(expected.values()))]
     listed = re.findall(rf"^- \*\*({int(chapter[:2])}\.\w+) `(\w+)`\*\*(?:, |，)(\d+) {unit}", text, re.MULTILINE)
     assert {(number, name): int(points) for number, name, points in listed} == expected
 
