@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the client's side: text, without tensors
     "client": BASE | {"engine.limits", "engine.output"},
 }
-EVERYTHING = {*MAY_IMPORT, "llm", "cluster", "benchmark", "widgets", "workbook", "server", "doctor", "demo", "cli"}
+EVERYTHING = {*MAY_IMPORT, "llm", "cluster", "benchmark", "widgets", "workbook", "lab", "server", "doctor", "demo", "terminal", "cli"}
 
 # These sit on top: they may import anything, and only they import each other.
 TOP = {
@@ -65,7 +65,9 @@ TOP = {
     "benchmark": EVERYTHING - {"cli", "workbook"},
     "widgets": EVERYTHING - {"cli", "workbook"},
     "workbook": EVERYTHING - {"cli"},
-    "server": EVERYTHING - {"cli", "benchmark", "widgets", "workbook"},
+    "lab": EVERYTHING - {"cli"},
+    "server": EVERYTHING - {"cli", "benchmark", "widgets", "workbook", "lab"},
+    "terminal": set(),
     "doctor": EVERYTHING - {"cli"},
     "demo": EVERYTHING - {"cli"},
     "cli": EVERYTHING,
@@ -75,7 +77,7 @@ LAYERS = MAY_IMPORT | TOP
 
 NEEDS_NO_TORCH = ("core", "config", "interrupts", "messages", "metrics", "block_manager.pool", "block_manager.manager", "engine.scheduler",
                   "engine.engine", "workers.worker", "client", "cost_model", "router", "simulator", "simulator.plan", "benchmark.command",
-                  "benchmark.load", "benchmark.load.endpoint", "benchmark.study", "doctor", "demo", "cli")
+                  "benchmark.load", "benchmark.load.endpoint", "benchmark.study", "doctor", "demo", "lab.command", "cli")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 FORBIDDEN_NAMES = {"sys.path", "torch.load", "torch.save"}
 

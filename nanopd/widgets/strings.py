@@ -5,8 +5,9 @@ To add one, add a line `"panel.key": ("English {field}", "中文 {field}")`; bot
 (tests/workbook/test_strings.py holds that). Show it with `t("panel.key", field=3)`.
 
 The language is, in this order: what `set_language()` was given, the environment variable NANOPD_LANG, the
-innermost folder named `en` or `zh` on the path of the working directory (Jupyter starts a kernel in the
-notebook's folder, so notebooks/zh/*.ipynb speak Chinese), English.
+innermost folder named `en` or `zh`, or with such an ending (`01_block_manager_zh`, as a course's assignments are
+called), on the path of the working directory (Jupyter starts a kernel in the notebook's folder, so
+notebooks/zh/*.ipynb speak Chinese), English.
 """
 
 from __future__ import annotations
@@ -465,7 +466,8 @@ def current_language() -> str:
     named = os.environ.get("NANOPD_LANG", "").strip().lower()[:2]  # "zh", and "zh_CN.UTF-8" as well
     if named in LANGUAGES:
         return named
-    return next((part for part in reversed(Path.cwd().parts) if part in LANGUAGES), "en")
+    endings = (part.rpartition("_")[2] for part in reversed(Path.cwd().parts))
+    return next((ending for ending in endings if ending in LANGUAGES), "en")
 
 
 def pick(en: str, zh: str) -> str:
