@@ -42,11 +42,15 @@ TABLE = {
     r"nanopd doctor": RUNS,
     r"nanopd generate --model Qwen/.*": "downloads from the hub",
     r"nanopd generate .*": RUNS,
-    r"nanopd bench (decode|cluster)": "needs a GPU",
+    r"nanopd bench scheduler .*": RUNS,
+    r"nanopd bench \w+ .*": "needs a GPU",
     r"nanopd profile --model qwen3-8b .*": "needs a GPU",
     r"nanopd profile": NIGHTLY,  # half a minute
     r"nanopd simulate .*": RUNS,
     r"nanopd plan .*": NIGHTLY,
+    r"nanopd serve .*": SERVES,
+    r"curl .*": "is asked of the server above it",
+    r"python -m nanopd\.workbook\.gallery .*": NIGHTLY,  # a minute
 }
 
 
