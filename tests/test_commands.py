@@ -46,11 +46,16 @@ TABLE = {
     r"nanopd bench \w+ .*": "needs a GPU",
     r"nanopd profile --model qwen3-8b .*": "needs a GPU",
     r"nanopd profile": NIGHTLY,  # half a minute
-    r"nanopd simulate .*": RUNS,
+    r"nanopd simulate --rate 20": RUNS,
+    r"nanopd simulate .*": NIGHTLY,
     r"nanopd plan .*": NIGHTLY,
     r"nanopd serve .*": SERVES,
     r"curl .*": "is asked of the server above it",
     r"python -m nanopd\.workbook\.gallery .*": NIGHTLY,  # a minute
+    r"nanopd lab new .*": RUNS,
+    r"nanopd lab release .*": NIGHTLY,
+    r"nanopd lab grade .*": "marks what somebody has handed in",
+    r"docker run .* nanopd lab grade .*": "needs docker",
 }
 
 
@@ -152,6 +157,8 @@ def problem_of(words: list[str]) -> str | None:
             return _unknown_option(rest, help_of(sys.executable, "-m", module))
         case ["nanopd", *rest]:
             return _problem_of_subcommand(rest)
+        case ["docker", "run", *rest] if "nanopd" in rest:
+            return problem_of(rest[rest.index("nanopd"):])
         case ["curl", *_]:
             return None
     return "a command that this test knows nothing of"

@@ -195,7 +195,8 @@ def test_the_readme_s_python_runs():
 @pytest.mark.parametrize("page", TWINS[0], ids=by_path)
 def test_the_map_shows_every_package_and_nothing_else(page):
     """All of nanopd/*/; of a package's own packages those that are named."""
-    named = set(re.findall(r"`(\w+(?:/\w+)*)/`", "".join(re.findall(r"^\| `.*$", text(page), re.MULTILINE))))
+    first_cells = "".join(re.findall(r"^\| (`[^|]*) \|", text(page), re.MULTILINE))
+    named = set(re.findall(r"`(\w+(?:/\w+)*)/`", first_cells))
     packages = {f"nanopd/{path.parent.name}" for path in (ROOT / "nanopd").glob("*/__init__.py")}
     assert packages <= named
     assert not [folder for folder in named if not (ROOT / folder).is_dir()]

@@ -15,9 +15,10 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
 from nanopd.widgets.strings import STRINGS
-from nanopd.workbook.builder import NOTEBOOKS, sources
+from nanopd.workbook.builder import NOTEBOOKS
 from nanopd.workbook.source import LANGUAGES, SourceError
 from nanopd.workbook.stills import PLACE, PLOTLY, STILLS
 
@@ -64,8 +65,8 @@ class Stamp:
     date: str  # ISO 8601, UTC
 
     def is_fresh(self, made: Stamp) -> bool:
-        """Whether executing it now would use just what `made` was made with. Changes on top of a commit can't be known."""
-        return not self.dirty and replace(self, date=made.date) == made
+        """Whether executing it now would use just what `made` was made with: never, where no commit tells what that is."""
+        return self.commit is not None and not self.dirty and replace(self, date=made.date) == made
 
     def sentence(self) -> str:
         changes = _say("gallery.with_changes", self.lang) if self.dirty else ""
@@ -90,36 +91,46 @@ class Page:
         return f"{self.stamp.lang}/{self.stamp.chapter}.html"
 
 
-def make(out: Path, chapters: list[str] | None = None, languages: tuple[str, ...] = LANGUAGES, force: bool = False,
+def make(out: Path, chapters: Sequence[str] = (), languages: Sequence[str] = LANGUAGES, force: bool = False,
          commit: str | None = None, notebooks: Path = NOTEBOOKS, progress: Progress = lambda text, share: None,
          say: Callable[[str], None] = print) -> list[str]:
     """Execute what is not there or no longer fresh, and write the site. Returns what failed; the others' pages are written.
 
-    `chapters` as "01" or "01_block_manager", None for all. `commit`: to be recorded, where this copy has no .git.
+    `chapters` as "01" or "01_block_manager"; none: all of them. `commit`: to be recorded, where this copy has no .git.
     Raises SourceError for a chapter that there is none of.
     """
-    found, failures = sources(notebooks, chapters or []), []
+    stems, failures = _chapters(notebooks, chapters), []
     device, (here, dirty) = device_name(), ((commit, None) if commit else _commit())
     try:
-        for chapter, lang in [(path.stem, lang) for path in found for lang in languages]:
-            source, target = notebooks / "solutions" / lang / f"{chapter}.ipynb", out / lang / f"{chapter}.ipynb"
-            stamp = Stamp(chapter, lang, hashlib.sha256(source.read_bytes()).hexdigest()[:16], device, here, dirty,
+        for stem, lang in [(stem, lang) for stem in stems for lang in languages]:
+            source, target, name = notebooks / "solutions" / lang / f"{stem}.ipynb", out / lang / f"{stem}.ipynb", f"{lang}/{stem}"
+            stamp = Stamp(stem, lang, hashlib.sha256(source.read_bytes()).hexdigest()[:16], device, here, dirty,
                           datetime.now(timezone.utc).isoformat(timespec="seconds"))
             if not force and target.exists() and stamp.is_fresh(_read(target).stamp):
-                say(f"{lang}/{chapter}: as it was")
+                say(f"{name}: as it was")
                 continue
             try:
-                notebook = execute(source, lang, lambda share, what=f"{lang}/{chapter}": progress(what, share))
+                notebook = execute(source, lang, partial(progress, name))
             except ChapterFailed as failure:
                 failures.append(str(failure))
-                say(f"{lang}/{chapter}: failed")
+                say(f"{name}: failed")
                 continue
             notebook.metadata["nanopd"] = {"stamp": asdict(stamp)}
             _write(target, nbformat.writes(notebook) + "\n")
-            say(f"{lang}/{chapter}: executed")
+            say(f"{name}: executed")
     finally:
         write_site(out)
     return failures
+
+
+def _chapters(notebooks: Path, wanted: Sequence[str]) -> list[str]:
+    """Stems, such as "01_block_manager". From what was built: an installed package has no sources."""
+    stems = sorted({path.stem for path in (notebooks / "solutions").glob("*/[0-9][0-9]_*.ipynb")})
+    unknown = [name for name in wanted if not any(name in (stem, stem[:2]) for stem in stems)]
+    if unknown or not stems:
+        raise SourceError(f"no chapter {', '.join(unknown) or 'at all'} in {notebooks / 'solutions'}; there are "
+                          + (", ".join(stems) or "none"))
+    return [stem for stem in stems if not wanted or stem in wanted or stem[:2] in wanted]
 
 
 def device_name() -> str:
@@ -305,13 +316,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lang", choices=LANGUAGES, help="default: both")
     parser.add_argument("--force", action="store_true", help="execute also what has not changed")
     parser.add_argument("--commit", help="the commit to record, where this copy has no .git")
-    parser.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="the folder that holds src/ and solutions/")
+    parser.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="the folder that holds solutions/")
     options = parser.parse_args(argv)
     return run(options.out, options.chapters, (options.lang,) if options.lang else LANGUAGES, options.force, options.commit,
                options.notebooks)
 
 
-def run(out: Path, chapters: list[str], languages: tuple[str, ...] = LANGUAGES, force: bool = False, commit: str | None = None,
+def run(out: Path, chapters: Sequence[str] = (), languages: Sequence[str] = LANGUAGES, force: bool = False, commit: str | None = None,
         notebooks: Path = NOTEBOOKS) -> int:
     """`make` with its progress on the terminal. Returns the exit code."""
     from rich.console import Console

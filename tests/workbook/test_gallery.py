@@ -123,7 +123,8 @@ def test_another_notebook_or_device_or_changes_are_not_fresh(site, change):
     made = gallery._read(site / "en" / "99_small.ipynb").stamp
     assert replace(made, date="2030-01-01T00:00:00+00:00").is_fresh(made)
     assert not replace(made, **change).is_fresh(made)
-    assert not replace(made, dirty=True).is_fresh(replace(made, dirty=True)), "nobody knows which changes"
+    for unknown in ({"dirty": True}, {"commit": None}):
+        assert not replace(made, **unknown).is_fresh(replace(made, **unknown)), "nobody knows which changes"
 
 
 # ----------------------------------------------------------------------------------------------- what goes wrong
