@@ -17,7 +17,7 @@ PACKAGE = ROOT / "nanopd"
 
 # What each part may import of nanopd. A name stands for a module, or for a package and all in it; the longest
 # name that fits a module is the one that counts, and a part may always import itself.
-BASE = {"core", "config"}
+BASE = {"core", "config", "interrupts"}
 BLOCKS = BASE | {"block_manager.pool", "block_manager.manager"}
 SCHEDULING = BLOCKS | {"engine.beam", "engine.limits", "engine.speculative", "engine.scheduler"}
 TENSORS = BASE | {"paged_attention", "block_manager.cache"}
@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the nouns and the settings: nothing of ours
     "core": set(),
     "config": {"core"},
+    "interrupts": set(),
     "messages": BASE,
     "metrics": BASE,
     # bookkeeping without tensors
@@ -71,7 +72,7 @@ TOP = {
 }
 LAYERS = MAY_IMPORT | TOP
 
-NEEDS_NO_TORCH = ("core", "config", "messages", "metrics", "block_manager.pool", "block_manager.manager", "engine.scheduler",
+NEEDS_NO_TORCH = ("core", "config", "interrupts", "messages", "metrics", "block_manager.pool", "block_manager.manager", "engine.scheduler",
                   "engine.engine", "workers.worker", "client", "cost_model", "router", "simulator", "simulator.plan", "benchmark.command",
                   "benchmark.study", "doctor", "demo", "cli")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
