@@ -154,7 +154,7 @@ def problem_of(words: list[str]) -> str | None:
         case ["python", "-m", module, *rest]:
             if importlib.util.find_spec(module) is None:
                 return f"no module {module}"
-            return _unknown_option(rest, help_of(sys.executable, "-m", module))
+            return _unknown_option(rest, help_of(module))
         case ["nanopd", *rest]:
             return _problem_of_subcommand(rest)
         case ["docker", "run", *rest] if "nanopd" in rest:
@@ -184,6 +184,7 @@ def _problem_of_subcommand(words: list[str]) -> str | None:
     """Parsed by the command itself, as if it were about to run; of `bench`, which parses on its own, by its help."""
     import click
     from typer.main import get_command
+    from typer.testing import CliRunner
 
     from nanopd.cli import app
 
@@ -195,7 +196,8 @@ def _problem_of_subcommand(words: list[str]) -> str | None:
         name, *words = words
         command = command.commands[name]
     if command.context_settings.get("ignore_unknown_options"):
-        return _unknown_option(words[1:], help_of(sys.executable, "-m", "nanopd", name, *words[:1]))
+        told = CliRunner().invoke(app, [name, *words[:1], "--help"])
+        return _unknown_option(words[1:], told.stdout if told.exit_code == 0 else None)
     try:
         command.make_context(name, list(words), parent=context)
     except click.exceptions.Exit:
@@ -213,9 +215,9 @@ def _unknown_option(words: list[str], known: str | None) -> str | None:
 
 
 @cache
-def help_of(*words: str) -> str | None:
+def help_of(module: str) -> str | None:
     """What it prints; None where it fails."""
-    ran = subprocess.run([*words, "--help"], capture_output=True, text=True, check=False, timeout=SECONDS,
+    ran = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False, timeout=SECONDS,
                          env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"})
     return ran.stdout if ran.returncode == 0 else None
 
