@@ -26,6 +26,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs_en").glob("*.md")), *sorted((ROOT / "docs_zh").glob("*.md"))]
 PRESET = ROOT / "nanopd" / "cost_model" / "presets" / "nvidia-h200" / "qwen3-8b.json"
+SERVER = "127.0.0.1:8000"  # as the pages call it
 SECONDS, SERVER_SECONDS = 240, 120  # for a machine that has much else to do
 
 RUNS, NIGHTLY, SERVES = "run as typed", "run as typed, at night", "started, asked for its health, and stopped"
@@ -43,14 +44,18 @@ TABLE = {
     r"nanopd generate --model Qwen/.*": "downloads from the hub",
     r"nanopd generate .*": RUNS,
     r"nanopd bench scheduler .*": RUNS,
+    r"nanopd bench report --recorded": RUNS,
+    r"nanopd bench report sweep": "draws what was measured on GPUs",
+    r"nanopd bench serve .*": NIGHTLY,
     r"nanopd bench \w+ .*": "needs a GPU",
     r"nanopd profile --model qwen3-8b .*": "needs a GPU",
     r"nanopd profile": NIGHTLY,  # half a minute
     r"nanopd simulate --rate 20": RUNS,
     r"nanopd simulate .*": NIGHTLY,
     r"nanopd plan .*": NIGHTLY,
-    r"nanopd serve .*": SERVES,
-    r"curl .*": "is asked of the server above it",
+    r"nanopd serve --model Qwen/.*": "downloads from the hub",
+    r"nanopd serve": SERVES,
+    r"curl .*": "is asked of that server",
     r"python -m nanopd\.workbook\.gallery .*": NIGHTLY,  # a minute
     r"nanopd lab new .*": RUNS,
     r"nanopd lab release .*": NIGHTLY,
@@ -292,19 +297,28 @@ def test_it_runs_as_typed_at_night(shell, command):
 @pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="fastapi is not installed (pip install 'nanopd[serve]')")
 @pytest.mark.parametrize("command", of_fate(SERVES), **by_line)
 def test_a_server_starts_answers_and_stops(shell, command):
-    """On a port that is free; what the page asks of it with curl is asked."""
+    """On a port that is free; what the pages ask of it, with curl or from Python, is asked."""
     port = free_port()
-    process = shell(f"exec {command.typed.removesuffix('&')} --port {port}")
+    process = shell(f"exec {command.typed} --port {port}")
     try:
         wait_for(f"http://127.0.0.1:{port}/health", process)
-        for asked in (other for other in commands_of(command.page) if other.words[0] == "curl" and shutil.which("curl")):
-            answer = shell(asked.typed.replace(":8000", f":{port}").replace("curl", "curl --fail --silent --show-error", 1))
+        for asked in questions():
+            answer = shell(asked.replace(SERVER, f"127.0.0.1:{port}"))
             said, _ = answer.communicate(timeout=SECONDS)
-            assert answer.returncode == 0 and said, f"{asked.where}: {said}"
+            assert answer.returncode == 0 and said.strip(), f"{asked}\n{said}"
     finally:
         process.terminate()
         said, _ = process.communicate(timeout=60)
     assert process.returncode in (0, -15, 143), said
+
+
+def questions() -> list[str]:
+    """Of all pages, to be typed in a shell: calls of curl, and blocks of Python that ask the server."""
+    curls = [command.typed.replace("curl", "curl --fail --silent --show-error", 1) for command in once(COMMANDS)
+             if command.words[0] == "curl" and shutil.which("curl")]
+    blocks = {block for page in PAGES for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"),
+                                                             re.MULTILINE | re.DOTALL) if SERVER in block}
+    return curls + [f"python -c {shlex.quote(block)}" for block in sorted(blocks)]
 
 
 def free_port() -> int:

@@ -19,6 +19,7 @@ CHINESE = sorted((ROOT / "docs_zh").glob("*.md"))
 PAGES = [*ENGLISH, *CHINESE, ROOT / "README.md"]
 
 # A block of code, its language, and the block of plain text right below it, if any: what it prints.
+SERVER = "127.0.0.1:8000"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 # Runs blocks one after another in one namespace and writes down what each of them prints.
@@ -47,10 +48,10 @@ def prose(page: Path) -> str:
 
 
 def python_blocks(page: Path) -> list[tuple[str, str, str]]:
-    """(file:line, code, what it prints) of each block."""
+    """(file:line, code, what it prints) of each block, but for those that ask a server: test_commands.py runs these."""
     source = text(page)
     return [(f"{by_path(page)}:{source.count(chr(10), 0, match.start()) + 1}", match[2], match[3] or "")
-            for match in FENCE.finditer(source) if match[1] == "python"]
+            for match in FENCE.finditer(source) if match[1] == "python" and SERVER not in match[2]]
 
 
 def pointers(page: Path) -> set[tuple[str, str]]:

@@ -44,7 +44,7 @@ def one_gpu() -> Iterator[list[str]]:
         prompt = row("prefill", tokens=tokens)
         yield [f"{tokens:,}", short(prompt["ms"]), percent(prompt["share"])]
     for shortest, longest in ((64, 256), (1024, 2048)):
-        served = row("serve", requests=48, prompt_from=shortest, prompt_to=longest, engine="nanopd")
+        served = row("static", requests=48, prompt_from=shortest, prompt_to=longest, engine="nanopd")
         yield ["48", f"{shortest:,}", f"{longest:,}", f"{served['output']}", short(served["tokens_s"])]
     kernels = load("kernels").summary
     yield [short(kernels["times_flashinfer"]["geometric_mean"]), short(kernels["times_flashinfer"]["worst"])]
