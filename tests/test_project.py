@@ -208,6 +208,16 @@ def test_the_readme_s_python_runs():
     assert "P0 -> D0" in ran.stdout
 
 
+@pytest.mark.parametrize("page", TWINS[0], ids=by_path)
+def test_the_map_shows_every_package_and_nothing_else(page):
+    """All of nanopd/*/; of a package's own packages those that are named."""
+    first_cells = "".join(re.findall(r"^\| (`[^|]*) \|", text(page), re.MULTILINE))
+    named = set(re.findall(r"`(\w+(?:/\w+)*)/`", first_cells))
+    packages = {f"nanopd/{path.parent.name}" for path in (ROOT / "nanopd").glob("*/__init__.py")}
+    assert packages <= named
+    assert not [folder for folder in named if not (ROOT / folder).is_dir()]
+
+
 def test_chapters_said_to_be_there_are_there_and_no_others():
     rows = re.findall(r"^\| (\d\d) \|(.*)\|$", text(ROOT / "README.md"), re.MULTILINE)
     said = {number for number, rest in rows if "planned" not in rest}

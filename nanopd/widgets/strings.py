@@ -446,6 +446,22 @@ STRINGS: dict[str, tuple[str, str]] = {
     "timeline.was_preempted": ("; preempted: {names}", "；被抢占：{names}"),
     "timeline.preempted_at": ("{request} is sent back to wait", "{request} 被抢占，回到等待队列"),
     "timeline.row_was": ("{new} new tokens after {cached} in the cache", "缓存中已有 {cached} 个 token，新算 {new} 个"),
+    # the gallery's pages
+    "gallery.title": ("The workbook, executed", "练习册：运行结果"),
+    "gallery.about": (
+        "Chapters with their solutions, as they ran on the machine named beside each. Panels are pictures here: as they "
+        "are once all cells have run, and what is played step by step after its last step.",
+        "各章附解答，在右侧注明的机器上运行。面板在这里是静态图，取自全部单元格运行完之后；逐步播放的面板取最后一步。",
+    ),
+    "gallery.stamp": ("Executed on {device}, commit {commit}, {date}", "运行于 {device}，commit {commit}，{date}"),
+    "gallery.with_changes": (" with changes", "（另有未提交的改动）"),
+    "gallery.no_commit": ("unknown", "未知"),
+    "gallery.solved": (
+        "This page holds the solutions. To try first, open the notebook in JupyterLab (make lab).",
+        "本页含解答。想先自己动手，请在 JupyterLab 里打开 notebook（make lab）。",
+    ),
+    "gallery.index": ("All chapters", "全部章节"),
+    "gallery.language": ("English", "中文"),
 }
 
 _chosen: str | None = None  # by set_language(); one per process, as a page has one reader

@@ -1,4 +1,5 @@
-'''The workbook: what builds its notebooks (`builder`, `source`), what its cells call (`predict`, `check`).
+'''The workbook: what builds its notebooks (`builder`, `source`), what its cells call (`predict`, `check`), and what shows
+them executed (`gallery`).
 
 Writing a chapter
 -----------------
