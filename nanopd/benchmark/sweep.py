@@ -80,6 +80,12 @@ class Grid:
     shares: tuple[float, ...] = ()
     device: str = "cuda"
 
+    def check(self) -> None:
+        """Raises ConfigError where a mode or a workload can't be, before anything is measured."""
+        self.ways()
+        for name in self.workloads:
+            workload(name)
+
     def ways(self) -> list[tuple[str, Topology]]:
         """Modes and topologies, as many GPUs in each. Raises ConfigError where they are not."""
         return [self._way(*text.partition("=")[::2]) for text in self.modes]

@@ -101,6 +101,7 @@ def _sweep(options: argparse.Namespace) -> int:
         raise ValueError(f"--gpus is a number of at least 1, got {options.gpus}")
     case = CASES[options.device]
     grid, store = _grid(options, case), Store(options.out)
+    grid.check()
     device = _require(grid) if not options.plan or options.device == "cpu" else None
     from nanopd.demo import one_thread
 
