@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_arrivals_in_every_mode():
 
 def test_rates_are_shares_of_what_the_best_way_serves_in_time():
     cells = plan(grid(rates=(), shares=(0.5, 1.5), workloads=("mixed",), seeds=(0,)), KNOWN)
-    best = max(rate for _, rate in Planner(preset(PRESET).cost, grid().size, BASE.slo).rank(2, sweep._mix("mixed")))
+    best = max(rate for _, rate in Planner(preset(PRESET).cost, grid().size, BASE.slo).rank(2, sweep._mix(BASE, "mixed")))
     assert sorted({cell.rate for cell in cells}) == pytest.approx([0.5 * best, 1.5 * best], rel=5e-3)
 
 
@@ -115,7 +115,7 @@ def test_a_file_under_a_false_name_is_not_taken_for_the_cell(tmp_path):
 
 
 def test_what_was_not_written_whole_is_not_done(tmp_path):
-    store, cell = Store(tmp_path), RunSettings()
+    store, cell = Store(tmp_path), RunSettings(rate=3.0)
     store.path(cell).with_suffix(".part").write_text('{"settings": {')
     assert not store.has(cell)
 

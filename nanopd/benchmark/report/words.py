@@ -9,6 +9,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "collocated": ("collocated", "混部"),
     "disaggregated": ("disaggregated", "分离"),
     "adaptive": ("adaptive", "自适应"),
+    "endpoint": ("server at {url}", "服务器 {url}"),
     "none": ("no mode", "都不行"),
     # workloads
     "short": ("short prompts", "短提示"),

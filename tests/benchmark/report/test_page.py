@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ def test_a_recorded_sweep_of_a_gpu_goes_before_one_of_the_cpu(runs, tmp_path):
         run.save(tmp_path / folder / "sweep" / "cell.json")
     assert page._recorded_runs(tmp_path) == [runs[-1]]
     assert page._recorded_runs(tmp_path / "nothing") == []
+
+
+def test_each_number_of_gpus_has_its_figures(runs):
+    one = [replace(run, settings=run.settings | {"topology": "C:0"}) for run in runs if run.settings["mode"] == "collocated"]
+    names = {drawing.name: drawing for drawing in page.drawings([*runs, *one], RECORDED)}
+    assert {"goodput-1-gpus", "goodput-2-gpus", "predicted"} <= set(names) and "goodput" not in names
+    assert "2 × " in names["goodput-2-gpus"].draw().layout.title.subtitle.text
+    assert {trace.name for trace in names["throughput-1-gpus"].draw().data if trace.showlegend is not False} == {"collocated"}
 
 
 def test_the_page_holds_the_figures_numbers(written, runs):

@@ -47,6 +47,20 @@ def test_the_source_says_device_date_commit_and_how_many(runs):
     assert "CPU (Some CPU)" in source_of([on_cpu])
 
 
+def test_a_peer_and_a_trace_stand_beside_the_modes(runs, tmp_path):
+    settings = runs[0].settings | {"endpoint": "http://127.0.0.1:8000", "mode": None, "topology": None, "rate": None,
+                                   "trace": "/somewhere/chat.jsonl", "workload": "short"}
+    replace(runs[0], settings=settings).save(tmp_path / "peer.json")
+    runs[0].save(tmp_path / "ours.json")
+    ours, peer = load_runs(tmp_path)
+    arrivals = peer.requests["arrival"]
+    assert peer.settings["workload"] == "chat"
+    assert peer.settings["rate"] == pytest.approx(len(arrivals) / (arrivals[-1] - arrivals[0]), rel=5e-3)
+    ways = ways_of([ours, peer])
+    assert label_of(ways[1], ways) == "server at http://127.0.0.1:8000" and colour_of(ways[0], ways) != colour_of(ways[1], ways)
+    assert "Made-up GPU" in source_of([peer])
+
+
 def test_ways_come_collocated_first(runs):
     assert [way.mode for way in ways_of(runs)] == ["collocated", "disaggregated", "adaptive"]
 
