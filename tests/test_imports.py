@@ -77,7 +77,8 @@ LAYERS = MAY_IMPORT | TOP
 
 NEEDS_NO_TORCH = ("core", "config", "interrupts", "messages", "metrics", "block_manager.pool", "block_manager.manager", "engine.scheduler",
                   "engine.engine", "workers.worker", "client", "cost_model", "router", "simulator", "simulator.plan", "benchmark.command",
-                  "benchmark.load", "benchmark.load.endpoint", "benchmark.study", "doctor", "demo", "lab.command", "cli")
+                  "benchmark.load", "benchmark.load.endpoint", "benchmark.study", "benchmark.sweep", "benchmark.report",
+                  "doctor", "demo", "lab.command", "cli")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 FORBIDDEN_NAMES = {"sys.path", "torch.load", "torch.save"}
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from nanopd.cluster import Cluster
 
 MODES = ("collocated", "disaggregated", "adaptive")
-DRAWN = 256  # requests by which the planner judges a workload
+DRAWN = 256  # requests, about, by which the planner judges a workload
 BLOCK_SIZE = 16
 PROFILE = "profile.json"  # in the sweep's folder, where the machine had to be measured
 
@@ -79,6 +78,12 @@ class Grid:
     rates: tuple[float, ...] = ()
     shares: tuple[float, ...] = ()
     device: str = "cuda"
+
+    def check(self) -> None:
+        """Raises ConfigError where a mode or a workload can't be, before anything is measured."""
+        self.ways()
+        for name in self.workloads:
+            workload(name)
 
     def ways(self) -> list[tuple[str, Topology]]:
         """Modes and topologies, as many GPUs in each. Raises ConfigError where they are not."""
@@ -156,17 +161,18 @@ def plan(grid: Grid, known: Known | None) -> list[RunSettings]:
 def _rates(grid: Grid, name: str, known: Known | None) -> list[float]:
     if known is None:
         raise ConfigError("shares of a capacity need a profile to estimate it by: give one, or rates")
-    best = max(rate for _, rate in Planner(known.profile.cost, grid.size, grid.base.slo).rank(grid.gpus, _mix(name)))
+    best = max(rate for _, rate in Planner(known.profile.cost, grid.size, grid.base.slo).rank(grid.gpus, _mix(grid.base, name)))
     if not best:
         slo = grid.base.slo
-        raise ConfigError(f"no share of nothing: by the profile, no rate of {name!r} meets TTFT {slo.ttft:g} s and TPOT {slo.tpot:g} s here; "
+        raise ConfigError(f"shares of nothing: by the profile, {name!r} meets TTFT {slo.ttft:g} s and TPOT {slo.tpot:g} s at no rate; "
                           "loosen the SLO, or give rates")
     return [float(f"{share * best:.3g}") for share in grid.shares]
 
 
-def _mix(name: str) -> Mix:
-    draw, drawn = workload(name), random.Random(0)
-    return Mix(tuple(draw(drawn) for _ in range(DRAWN)))
+def _mix(base: RunSettings, name: str) -> Mix:
+    """A sample of a workload, as long as the workers take."""
+    sample = replace(base, workload=name, rate=1.0, warmup=0.0, window=float(DRAWN), tail=0.0, seed=0)
+    return Mix(tuple((one.prompt_len, one.output_len) for one in sample.schedule(base.max_model_len).arrivals))
 
 
 def span(cell: RunSettings) -> float:
@@ -191,7 +197,7 @@ class Pace:
             return 1.1 * span(cell)
         planner = Planner(self._cost, self._grid.size)
         split = Split(**{role: sum(each.role == role for each in Topology.parse(cell.topology).placements) for role in "CPD"})
-        capacity = max(planner.capacity(split, _mix(cell.workload)), 1e-3)
+        capacity = max(planner.capacity(split, _mix(cell, cell.workload)), 1e-3)
         return 1.0 + span(cell) * max(1.05, cell.rate / capacity)
 
     def took(self, cell: RunSettings, seconds: float) -> None:
@@ -217,9 +223,9 @@ class Store:
 
     def path(self, cell: RunSettings) -> Path:
         """Named by what one looks for, and by a hash of all settings: other settings are another cell."""
-        settings = json.dumps(asdict(cell), sort_keys=True)
-        parts = cell.mode, cell.topology, cell.workload, f"{cell.rate:g}", f"s{cell.seed}"
-        return self.folder / f"{'_'.join(map(slug, parts[:3]))}_{parts[3]}_{parts[4]}_{hashlib.sha256(settings.encode()).hexdigest()[:8]}.json"
+        settings = hashlib.sha256(json.dumps(asdict(cell), sort_keys=True).encode()).hexdigest()[:8]
+        parts = slug(cell.mode), slug(cell.topology), slug(cell.workload), f"{cell.rate:g}", f"s{cell.seed}", settings
+        return self.folder / f"{'_'.join(parts)}.json"
 
     def has(self, cell: RunSettings) -> bool:
         """Raises ValueError where a file of this name holds another cell."""
@@ -336,7 +342,8 @@ class _Sweep:
 
     def _over(self, cell: RunSettings, what: str) -> None:
         self.todo.remove(cell)
-        progress(f"[{self.number - len(self.todo)}/{self.number}] {title(cell)}: {what}; about {_minutes(self.pace.left(self.todo))} left")
+        left = _minutes(self.pace.left(self.todo))
+        progress(f"[{self.number - len(self.todo)}/{self.number}] {title(cell)}: {what}; about {left} left")
 
 
 def title(cell: RunSettings) -> str:

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from nanopd.benchmark.load.run import RunRecord
 from nanopd.benchmark.report import recorded, sweeps
-from nanopd.benchmark.report.runs import chosen, load_runs, values_of, ways_of
+from nanopd.benchmark.report.runs import by_gpus, chosen, load_runs, values_of, ways_of
 from nanopd.benchmark.report.seed import Comparison, seed_table
 from nanopd.benchmark.report.svg import to_svg
 from nanopd.benchmark.report.words import w
@@ -91,35 +91,42 @@ def _recorded_runs(folder: Path) -> list[RunRecord]:
 
 def drawings(runs: Sequence[RunRecord], folder: Path) -> Iterator[Drawing]:
     """All figures there are, whether there are data for them or not."""
-    def of_runs(name: str, draw: Callable[[Sequence[RunRecord]], go.Figure]) -> Drawing:
-        def drawn() -> go.Figure:
-            if not runs:
-                raise sweeps.NoData("there are no runs")
-            return draw(runs)
-        return Drawing(name, drawn, SWEEP)
-
     def of_report(name: str, bench: str, draw: Callable[[Report], go.Figure]) -> Drawing:
         return Drawing(name, lambda: draw(load(bench, folder=folder)), f"nanopd bench {bench}")
 
-    yield of_runs("goodput", sweeps.goodput_figure)
-    yield of_runs("crossover", sweeps.crossover_figure)
+    groups = by_gpus(runs)
+    for number, those in groups.items():
+        yield from _of_runs(those, f"-{number}-gpus" if len(groups) > 1 else "")
     yield of_report("crossover-simulated", "study", recorded.study_crossover_figure)
-    for what in ("e2e", "ttft", "tpot"):
-        yield of_runs(f"latency-{what}", lambda runs, what=what: sweeps.latency_figure(runs, what))
-    yield of_runs("throughput", sweeps.throughput_figure)
-    yield of_runs("outcomes", sweeps.outcomes_figure)
-    for what in ("e2e", "ttft"):
-        yield of_runs(f"violin-{what}", lambda runs, what=what: sweeps.violin_figure(runs, what))
-    yield of_runs("ttft-by-length", sweeps.ttft_by_length_figure)
-    yield of_runs("routing-map", sweeps.routing_map_figure)
-    yield of_runs("breakdown", sweeps.breakdown_figure)
-    yield of_runs("regret", sweeps.regret_figure)
     yield of_report("regret-simulated", "study", recorded.study_regret_figure)
-    yield of_runs("timeline", lambda runs: sweeps.timeline_figure(_busiest(runs)))
     yield of_report("predicted", "routing", recorded.predicted_figure)
     yield of_report("lone-request", "cluster", recorded.lone_request_figure)
     yield Drawing("transfer-interference", lambda: recorded.transfer_interference_figure(preset(_first_preset())), "nanopd profile")
     yield of_report("decode-scaling", "decode", recorded.decode_scaling_figure)
+
+
+def _of_runs(runs: Sequence[RunRecord], suffix: str) -> Iterator[Drawing]:
+    """Of runs on as many GPUs."""
+    def drawing(name: str, draw: Callable[[Sequence[RunRecord]], go.Figure]) -> Drawing:
+        def drawn() -> go.Figure:
+            if not runs:
+                raise sweeps.NoData("there are no runs")
+            return draw(runs)
+        return Drawing(name + suffix, drawn, SWEEP)
+
+    yield drawing("goodput", sweeps.goodput_figure)
+    yield drawing("crossover", sweeps.crossover_figure)
+    for what in ("e2e", "ttft", "tpot"):
+        yield drawing(f"latency-{what}", lambda runs, what=what: sweeps.latency_figure(runs, what))
+    yield drawing("throughput", sweeps.throughput_figure)
+    yield drawing("outcomes", sweeps.outcomes_figure)
+    for what in ("e2e", "ttft"):
+        yield drawing(f"violin-{what}", lambda runs, what=what: sweeps.violin_figure(runs, what))
+    yield drawing("ttft-by-length", sweeps.ttft_by_length_figure)
+    yield drawing("routing-map", sweeps.routing_map_figure)
+    yield drawing("breakdown", sweeps.breakdown_figure)
+    yield drawing("regret", sweeps.regret_figure)
+    yield drawing("timeline", lambda runs: sweeps.timeline_figure(_busiest(runs)))
 
 
 def _busiest(runs: Sequence[RunRecord]) -> RunRecord:
@@ -142,8 +149,8 @@ def _first_preset() -> str:
 def _page(figures: dict[str, go.Figure], missing: dict[str, str], table: Sequence[Comparison]) -> str:
     body = [_figure(name, figure) for name, figure in figures.items()]
     if missing:
-        body.append(f"<h2>{w('page.missing')}</h2><ul>" + "".join(
-            f"<li>{w('page.missing_line', figure=escape(name), command=escape(command))}</li>" for name, command in missing.items()) + "</ul>")
+        lines = (w("page.missing_line", figure=escape(name), command=escape(command)) for name, command in missing.items())
+        body.append(f"<h2>{w('page.missing')}</h2><ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>")
     body.append(f"<h2>{w('page.seed')}</h2>{_table(table)}")
     return (f'<!doctype html>\n<html lang="{current_language()}"><head><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width, initial-scale=1"><title>{w("page.title")}</title><link rel="icon" href="data:,">'
@@ -155,8 +162,9 @@ def _figure(name: str, figure: go.Figure) -> str:
     """As wide as the page, drawn by the script beside it."""
     shown = go.Figure(figure).update_layout(width=None)
     data = shown.to_json().replace("</", "<\\/")  # nothing in it may end the script
+    script = f'const figure = {data}; Plotly.newPlot("plot-{name}", figure.data, figure.layout, {json.dumps(CONFIG)});'
     return (f'<figure id="{name}"><div id="plot-{name}"></div><figcaption><a href="{name}.svg">{w("page.svg")}</a></figcaption>'
-            f'<script>{{ const figure = {data}; Plotly.newPlot("plot-{name}", figure.data, figure.layout, {json.dumps(CONFIG)}); }}</script></figure>')
+            f"<script>{{ {script} }}</script></figure>")
 
 
 def _table(rows: Sequence[Comparison]) -> str:
@@ -166,6 +174,7 @@ def _table(rows: Sequence[Comparison]) -> str:
 
 def _row(row: Comparison) -> str:
     ours = f"{row.ours:,.4g} {row.unit}" if row.ours is not None else w("seed.none", command=escape(row.command))
+    ratio = "" if row.ratio is None else f"{row.ratio:.3g}×"
+    sources = "<br>".join(escape(source) for source in (row.seed_source, row.our_source) if source)
     return (f'<tr><td>{escape(row.what)}</td><td class="number">{row.seed:g} {row.unit}</td><td class="number">{ours}</td>'
-            f'<td class="number">{"" if row.ratio is None else f"{row.ratio:.3g}×"}</td>'
-            f'<td class="faint">{escape(row.seed_source)}<br>{escape(row.our_source or "")}</td><td class="faint">{escape(row.differs)}</td></tr>')
+            f'<td class="number">{ratio}</td><td class="faint">{sources}</td><td class="faint">{escape(row.differs)}</td></tr>')
