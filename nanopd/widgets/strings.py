@@ -417,6 +417,44 @@ STRINGS: dict[str, tuple[str, str]] = {
     "transfers.by_layer": ("{transport}, layer by layer", "{transport}，逐层"),
     "transfers.blocks_axis": ("blocks sent at once", "一次发送的块数"),
     "transfers.rate_axis": ("GB/s", "GB/s"),
+    # score card of the capstone
+    "capstone.title": ("goodput of each router (simulated)", "各路由器的有效吞吐（仿真）"),
+    "capstone.goodput_axis": ("requests in time, a second", "每秒按时完成的请求数"),
+    "capstone.in_hindsight": ("in hindsight", "事后所知"),
+    "capstone.load.turn": ("chat, then documents", "先聊天，后文档"),
+    "capstone.load.bursts": ("bursts of documents", "成批涌来的文档"),
+    "capstone.load.library": ("questions about known documents", "围着同一批文档提问"),
+    "capstone.router.yours": ("yours", "你的"),
+    "capstone.router.reference": ("reference", "参考路由器"),
+    "capstone.router.told": ("reference, told the lengths", "参考路由器，预知长度"),
+    "capstone.router.collocated": ("always collocated", "总是混部"),
+    "capstone.router.disaggregated": ("always disaggregated", "总是分离"),
+    "capstone.router.threshold": ("threshold of 512", "512 一刀切"),
+    "capstone.router.round-robin": ("taking turns", "两条路轮流"),
+    "capstone.column.router": ("router", "路由器"),
+    "capstone.column.goodput": ("goodput/s", "有效吞吐/秒"),
+    "capstone.column.attainment": ("in time", "按时"),
+    "capstone.column.ttft": ("TTFT p50 / p99 ms", "TTFT p50 / p99 毫秒"),
+    "capstone.column.tpot": ("TPOT p50 / p99 ms", "TPOT p50 / p99 毫秒"),
+    "capstone.column.e2e": ("E2E p50 / p99 ms", "端到端 p50 / p99 毫秒"),
+    "capstone.column.disaggregated": ("P -> D", "P -> D"),
+    "capstone.column.microseconds": ("µs a choice", "微秒/次"),
+    "capstone.score": (
+        "Yours serves {ratio} of what the reference serves in time, and at least {fixed} of the best fixed policy of each trace.\n"
+        "Regret against hindsight {regret}. Rank {rank} of {count}.",
+        "你的路由器按时完成的请求，是参考路由器的 {ratio}；跟每份负载上最好的固定策略比，最低 {fixed}。\n"
+        "对事后所知的遗憾值 {regret}。在 {count} 个里排第 {rank}。",
+    ),
+    "capstone.hindsight": (
+        "Hindsight is the best that any router here reached on the trace, one that was told all lengths among them: it can be had, "
+        "and is no proof that no more can.",
+        "“事后所知”取这份负载上所有路由器（包括预知全部长度的那个）的最好成绩：它确实做得到，但并不证明不能更好。",
+    ),
+    "capstone.simulated": (
+        "Simulated by the profile of an H200; only the microseconds were measured, on this machine, and count for nothing.",
+        "按 H200 的测量数据仿真；只有微秒数是在这台机器上实测的，不计分。",
+    ),
+    "capstone.failed": ("Yours did not finish: {error}", "你的路由器没能跑完：{error}"),
     # batch timeline
     "timeline.prefill": ("prefill", "预填充"),
     "timeline.decode": ("decode", "解码"),
