@@ -1,0 +1,34 @@
+"""The sweep explorer in a real browser: pull a bound of the SLO, choose another quantile, see the figure change."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+
+PANEL = """\
+from nanopd import widgets
+from nanopd.config import SLO
+from nanopd.widgets.sweep_explorer import Cell, Felt
+
+cells = [Cell(mode, rate, 2.0, [Felt(0.01 * number, 0.001 * rate)] * rate)
+         for number, mode in ((4, "collocated"), (9, "disaggregated")) for rate in (4, 8, 16)]
+widgets.SweepExplorer(cells, "simulated", "2 x H200", SLO(0.085, 0.012))"""
+PULL = ".nanopd-{}-bound .noUi-handle"
+
+
+@pytest.mark.parametrize(("lang", "badge", "none"), [
+    ("en", "Simulated, not measured", "disaggregated none of these"),
+    pytest.param("zh", "仿真，非实测", "分离 一个也不行", marks=pytest.mark.nightly)])
+def test_the_figure_follows_the_slo(open_notebook, write_notebook, lang, badge, none):
+    notebook = open_notebook(write_notebook(f"{lang}/sweep.ipynb", PANEL))
+    notebook.run_all()
+    panel = notebook.panel("widgets.SweepExplorer(")
+    assert badge in panel.text_content() and none in panel.text_content()
+    notebook._act_and_see_change(panel, PULL.format("ttft"), lambda handle, time: handle.press("End", timeout=time))
+    notebook.wait_until(lambda: none not in panel.text_content(), "a looser TTFT serves nobody more")
+    notebook._act_and_see_change(panel, PULL.format("tpot"), lambda handle, time: handle.press("Home", timeout=time))
+    _, after = notebook.press_and_see_change(panel, ".widget-toggle-button:first-child")
+    assert "p50" in after
+    notebook.screenshot(f"07-{lang}")
+    notebook.assert_quiet()
