@@ -159,7 +159,7 @@ def _rates(grid: Grid, name: str, known: Known | None) -> list[float]:
     best = max(rate for _, rate in Planner(known.profile.cost, grid.size, grid.base.slo).rank(grid.gpus, _mix(name)))
     if not best:
         slo = grid.base.slo
-        raise ConfigError(f"no share of nothing: by the profile, no rate of {name!r} meets TTFT {slo.ttft:g} s and TPOT {slo.tpot:g} s here; "
+        raise ConfigError(f"shares of nothing: by the profile, {name!r} meets TTFT {slo.ttft:g} s and TPOT {slo.tpot:g} s at no rate; "
                           "loosen the SLO, or give rates")
     return [float(f"{share * best:.3g}") for share in grid.shares]
 
@@ -217,9 +217,9 @@ class Store:
 
     def path(self, cell: RunSettings) -> Path:
         """Named by what one looks for, and by a hash of all settings: other settings are another cell."""
-        settings = json.dumps(asdict(cell), sort_keys=True)
-        parts = cell.mode, cell.topology, cell.workload, f"{cell.rate:g}", f"s{cell.seed}"
-        return self.folder / f"{'_'.join(map(slug, parts[:3]))}_{parts[3]}_{parts[4]}_{hashlib.sha256(settings.encode()).hexdigest()[:8]}.json"
+        settings = hashlib.sha256(json.dumps(asdict(cell), sort_keys=True).encode()).hexdigest()[:8]
+        parts = slug(cell.mode), slug(cell.topology), slug(cell.workload), f"{cell.rate:g}", f"s{cell.seed}", settings
+        return self.folder / f"{'_'.join(parts)}.json"
 
     def has(self, cell: RunSettings) -> bool:
         """Raises ValueError where a file of this name holds another cell."""
@@ -336,7 +336,8 @@ class _Sweep:
 
     def _over(self, cell: RunSettings, what: str) -> None:
         self.todo.remove(cell)
-        progress(f"[{self.number - len(self.todo)}/{self.number}] {title(cell)}: {what}; about {_minutes(self.pace.left(self.todo))} left")
+        left = _minutes(self.pace.left(self.todo))
+        progress(f"[{self.number - len(self.todo)}/{self.number}] {title(cell)}: {what}; about {left} left")
 
 
 def title(cell: RunSettings) -> str:

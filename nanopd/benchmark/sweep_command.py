@@ -11,7 +11,21 @@ from typing import Any
 
 from nanopd.benchmark.load.run import RunRecord
 from nanopd.benchmark.results import RECORDED
-from nanopd.benchmark.sweep import CASES, MODES, Case, Grid, Known, Pace, Store, known_profile, lines, measure, needs_profile, plan, run
+from nanopd.benchmark.sweep import (
+    CASES,
+    MODES,
+    Case,
+    Grid,
+    Known,
+    Pace,
+    Store,
+    known_profile,
+    lines,
+    measure,
+    needs_profile,
+    plan,
+    run,
+)
 from nanopd.widgets.strings import LANGUAGES
 
 INTERRUPTED = 130

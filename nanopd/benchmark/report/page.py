@@ -142,8 +142,8 @@ def _first_preset() -> str:
 def _page(figures: dict[str, go.Figure], missing: dict[str, str], table: Sequence[Comparison]) -> str:
     body = [_figure(name, figure) for name, figure in figures.items()]
     if missing:
-        body.append(f"<h2>{w('page.missing')}</h2><ul>" + "".join(
-            f"<li>{w('page.missing_line', figure=escape(name), command=escape(command))}</li>" for name, command in missing.items()) + "</ul>")
+        lines = (w("page.missing_line", figure=escape(name), command=escape(command)) for name, command in missing.items())
+        body.append(f"<h2>{w('page.missing')}</h2><ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>")
     body.append(f"<h2>{w('page.seed')}</h2>{_table(table)}")
     return (f'<!doctype html>\n<html lang="{current_language()}"><head><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width, initial-scale=1"><title>{w("page.title")}</title><link rel="icon" href="data:,">'
@@ -155,8 +155,9 @@ def _figure(name: str, figure: go.Figure) -> str:
     """As wide as the page, drawn by the script beside it."""
     shown = go.Figure(figure).update_layout(width=None)
     data = shown.to_json().replace("</", "<\\/")  # nothing in it may end the script
+    script = f'const figure = {data}; Plotly.newPlot("plot-{name}", figure.data, figure.layout, {json.dumps(CONFIG)});'
     return (f'<figure id="{name}"><div id="plot-{name}"></div><figcaption><a href="{name}.svg">{w("page.svg")}</a></figcaption>'
-            f'<script>{{ const figure = {data}; Plotly.newPlot("plot-{name}", figure.data, figure.layout, {json.dumps(CONFIG)}); }}</script></figure>')
+            f"<script>{{ {script} }}</script></figure>")
 
 
 def _table(rows: Sequence[Comparison]) -> str:
@@ -166,6 +167,7 @@ def _table(rows: Sequence[Comparison]) -> str:
 
 def _row(row: Comparison) -> str:
     ours = f"{row.ours:,.4g} {row.unit}" if row.ours is not None else w("seed.none", command=escape(row.command))
+    ratio = "" if row.ratio is None else f"{row.ratio:.3g}×"
+    sources = "<br>".join(escape(source) for source in (row.seed_source, row.our_source) if source)
     return (f'<tr><td>{escape(row.what)}</td><td class="number">{row.seed:g} {row.unit}</td><td class="number">{ours}</td>'
-            f'<td class="number">{"" if row.ratio is None else f"{row.ratio:.3g}×"}</td>'
-            f'<td class="faint">{escape(row.seed_source)}<br>{escape(row.our_source or "")}</td><td class="faint">{escape(row.differs)}</td></tr>')
+            f'<td class="number">{ratio}</td><td class="faint">{sources}</td><td class="faint">{escape(row.differs)}</td></tr>')

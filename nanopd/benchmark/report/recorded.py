@@ -9,7 +9,17 @@ from typing import Any
 import plotly.graph_objects as go
 
 from nanopd.benchmark import study
-from nanopd.benchmark.report.style import DIVERGING, MODE_COLOURS, MORE_COLOURS, faded, finish, panels
+from nanopd.benchmark.report.style import (
+    MODE_COLOURS,
+    MORE_COLOURS,
+    advantage_map,
+    dots,
+    faded,
+    finish,
+    in_order,
+    panels,
+    stroke,
+)
 from nanopd.benchmark.report.sweeps import PHASES, advantage
 from nanopd.benchmark.report.words import named, w
 from nanopd.benchmark.results import Report
@@ -33,11 +43,10 @@ def decode_scaling_figure(report: Report, model: str | None = None) -> go.Figure
     figure = panels(1, 2, [w("decode.step"), w("decode.rate")])
     for name, key, colour, dash in ((w("measured"), "ms", MODE_COLOURS["adaptive"], "solid"), (w("floor"), "floor_ms", "#6b7280", "dot")):
         for place, values in ((1, [row[key] for row in rows]), (2, [MS * row["batch"] / row[key] for row in rows])):
-            figure.add_scatter(x=batches, y=values, mode="lines+markers", name=name, legendgroup=name, showlegend=place == 1,
-                               line={"color": colour, "dash": dash, "width": 2}, marker={"color": colour, "size": 6}, row=1, col=place)
+            figure.add_scatter(x=batches, y=values, name=name, legendgroup=name, showlegend=place == 1, row=1, col=place,
+                               **stroke(colour, dash))
     figure.update_xaxes(type="log", tickvals=batches, ticktext=[str(batch) for batch in batches], title_text=w("batch"))
-    figure.update_yaxes(rangemode="tozero", col=1)
-    figure.update_yaxes(type="log", col=2)
+    figure.update_yaxes(rangemode="tozero")
     return finish(figure, f"{w('decode.title')} ({rows[0]['model']}, {rows[0]['context']})", report.source)
 
 
@@ -45,16 +54,16 @@ def lone_request_figure(report: Report) -> go.Figure:
     """Of `bench cluster`: what a lone prompt's steps take on a prefill worker and on a collocated one, and what the hand-over adds."""
     rows = [row for row in report.rows if "handover_ms" in row]
     prompts, transports = sorted({row["prompt"] for row in rows}), list(dict.fromkeys(row["transport"] for row in rows))
-    bars = {f"{w('disaggregated')}, {transport}": {row["prompt"]: (row["prefill_ms"], row["handover_ms"]) for row in rows
+    bars = {f"{w('disaggregated')}<br>{transport}": {row["prompt"]: (row["prefill_ms"], row["handover_ms"]) for row in rows
                                                    if row["transport"] == transport} for transport in transports}
     bars[w("collocated")] = {row["prompt"]: (row["collocated_prefill_ms"], 0.0) for row in rows if "collocated_prefill_ms" in row}
-    figure = panels(1, len(prompts), [f"{prompt} {w('prompt')}" for prompt in prompts])
+    figure = panels(1, len(prompts), [w("lone.prompt", prompt=prompt) for prompt in prompts])
     for place, prompt in enumerate(prompts, 1):
         those = [(name, found[prompt]) for name, found in bars.items() if prompt in found]
         for part, phase in enumerate(("prefill", "handover")):
             figure.add_bar(x=list(range(len(those))), y=[times[part] for _, times in those], name=w(phase), legendgroup=phase,
                            marker_color=PHASES["transfer" if part else "prefill"], showlegend=place == 1, row=1, col=place)
-        figure.update_xaxes(tickvals=list(range(len(those))), ticktext=[name for name, _ in those], row=1, col=place)
+        figure.update_xaxes(in_order(those, (name for name, _ in those)), row=1, col=place)
     figure.update_yaxes(title_text=w("ms"), col=1)
     return finish(figure, w("lone.title"), report.source)
 
@@ -69,10 +78,9 @@ def predicted_figure(report: Report) -> go.Figure:
             rows = sorted((row for row in report.rows if (row["prompts"], row["mode"]) == (name, mode)), key=lambda row: row["rate"])
             for line, keys in enumerate((("e2e_p99_ms", "e2e_p99_simulated"), ("goodput", "goodput_simulated")), 1):
                 for key, how, dash in zip(keys, ("measured", "simulated"), ("solid", "dot")):
-                    figure.add_scatter(x=[row["rate"] for row in rows], y=[row[key] for row in rows], mode="lines+markers",
+                    figure.add_scatter(x=[row["rate"] for row in rows], y=[row[key] for row in rows], row=line, col=place,
                                        name=f"{w(mode)}, {w(how)}", legendgroup=mode + how, showlegend=place == line == 1,
-                                       line={"color": MODE_COLOURS[mode], "dash": dash, "width": 2},
-                                       marker={"color": MODE_COLOURS[mode], "size": 6}, row=line, col=place)
+                                       **stroke(MODE_COLOURS[mode], dash))
     figure.update_xaxes(title_text=w("rate"), row=2)
     figure.update_yaxes(rangemode="tozero")
     return finish(figure, w("predicted.title"), report.source, rows=2)
@@ -88,9 +96,9 @@ def transfer_interference_figure(profile: Profile) -> go.Figure:
         figure.add_scatter(x=LENGTHS, y=[MS * link.seconds(length * cost.shape.kv_bytes_per_token) for length in LENGTHS], mode="lines",
                            line={"color": colour, "width": 2.5}, name=name, legendgroup=name)
         sent = [(row.num_bytes / cost.shape.kv_bytes_per_token, MS * row.seconds) for row in profile.measurements.transfer
-                if row.transport == link.transport]
-        figure.add_scatter(x=[tokens for tokens, _ in sent], y=[ms for _, ms in sent], mode="markers", showlegend=False, legendgroup=name,
-                           marker={"color": faded(colour, 0.5), "size": 5}, name=f"{name}, {w('measured')}")
+                if row.transport == link.transport and row.num_bytes >= LENGTHS[0] * cost.shape.kv_bytes_per_token]
+        figure.add_scatter(x=[tokens for tokens, _ in sent], y=[ms for _, ms in sent], name=f"{name}, {w('measured')}",
+                           legendgroup=name, **dots(colour))
     for decodes, opacity in zip(DECODES, (0.35, 0.65, 1.0)):
         figure.add_scatter(x=LENGTHS, y=[MS * interference_seconds(cost, length, decodes) for length in LENGTHS], mode="lines",
                            line={"color": faded(MODE_COLOURS["collocated"], opacity), "width": 2, "dash": "dash"},
@@ -127,12 +135,15 @@ def study_crossover_figure(report: Report, workers: int = 4) -> go.Figure:
                 lead[i][j] = advantage(split, collocated)
                 text[i][j] = _winner(rates)
     figure = panels(1, 1, [])
-    figure.add_heatmap(x=list(range(len(settings))), y=list(range(len(hardware))), z=lead, text=text, texttemplate="%{text}", zmin=-1,
-                       zmax=1, colorscale=DIVERGING, colorbar={"title": {"text": w("advantage")}, "tickvals": [-1, 0, 1],
-                                                               "ticktext": ["−100%", "0", "+100%"]})
-    figure.update_xaxes(tickvals=list(range(len(settings))), ticktext=[f"{named(mix)}<br>{named(slo)}" for mix, slo in settings], showgrid=False)
-    figure.update_yaxes(tickvals=list(range(len(hardware))), ticktext=hardware, showgrid=False)
-    return finish(figure, w("study.crossover", workers=workers), report.source, simulated=True)
+    advantage_map(figure, lead, text)
+    figure.update_xaxes(in_order(settings, (f"{named(mix)}<br>{named(slo)}" for mix, slo in settings)))
+    figure.update_yaxes(in_order(hardware, hardware))
+    return finish(figure, w("study.crossover", workers=workers), _simulated_by(report), simulated=True)
+
+
+def _simulated_by(report: Report) -> str:
+    """The device that a simulation ran on says nothing: what it simulated stands in the figure."""
+    return report.source.partition(", ")[2]
 
 
 def _winner(rates: dict[str, float]) -> str:
@@ -148,13 +159,13 @@ def study_regret_figure(report: Report) -> go.Figure:
     for name, colour in zip(sorted({row["hardware"] for row in report.rows}), (*MODE_COLOURS.values(), *MORE_COLOURS)):
         rows = [row for row in report.rows if row["hardware"] == name]
         points = [(load, regret) for row in rows for load, regret in zip(study.LOADS, row["regrets"])]
-        figure.add_scatter(x=[load for load, _ in points], y=[regret for _, regret in points], mode="markers", showlegend=False,
-                           legendgroup=name, name=name, marker={"color": faded(colour, 0.5), "size": 6})
+        figure.add_scatter(x=[load for load, _ in points], y=[regret for _, regret in points], legendgroup=name, name=name,
+                           **dots(colour, 6))
         figure.add_scatter(x=study.LOADS, y=[_mean(regret for at, regret in points if at == load) for load in study.LOADS], mode="lines",
                            line={"color": colour, "width": 2}, legendgroup=name, name=name)
-    figure.update_xaxes(title_text=w("load_axis"), tickvals=study.LOADS, ticktext=[f"{load:.0%}" for load in study.LOADS], range=[0.45, 1.05])
+    figure.update_xaxes(title_text=w("load_axis"), tickvals=study.LOADS, tickformat=".0%", range=[0.45, 1.05])
     figure.update_yaxes(title_text=w("regret_axis"), tickformat=".0%")
-    return finish(figure, w("study.regret", cells=len(report.rows)), report.source, simulated=True)
+    return finish(figure, w("study.regret", cells=len(report.rows)), _simulated_by(report), simulated=True)
 
 
 def _mean(values: Any) -> float | None:

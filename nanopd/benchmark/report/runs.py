@@ -12,8 +12,9 @@ import numpy as np
 
 from nanopd.benchmark.load.run import RunRecord
 from nanopd.benchmark.report.style import MODE_COLOURS, MORE_COLOURS
-from nanopd.benchmark.report.words import named, w
+from nanopd.benchmark.report.words import w
 from nanopd.config import MODES, Topology
+from nanopd.metrics import quantile
 
 PROFILE = "profile.json"  # lies beside the cells that were made by it
 RESAMPLES = 400
@@ -47,15 +48,15 @@ def load_runs(folder: str | Path) -> list[RunRecord]:
 
 def source_of(runs: Sequence[RunRecord]) -> str:
     """Device, date and commit, in a line."""
-    devices = _list(f"{count} × {name}" for name, count in sorted({(run.device["name"], _num_gpus(run)) for run in runs}))
+    models, devices, commits = (_list(map(part, runs)) for part in (lambda run: run.settings["model"], _device, _commit))
     dates = sorted({run.date[:10] for run in runs})
-    commits = _list(_commit(run) for run in runs)
-    return f"{devices}, {' – '.join(dict.fromkeys((dates[0], dates[-1])))}, {commits}, {w('stamp.runs', runs=len(runs))}"
+    return f"{models}, {devices}, {' – '.join(dict.fromkeys((dates[0], dates[-1])))}, {commits}, {w('stamp.runs', runs=len(runs))}"
 
 
-def _num_gpus(run: RunRecord) -> int:
-    devices = Topology.parse(run.settings["topology"])
-    return len(devices.placements) if devices.devices == ["cpu"] else len(devices.devices)
+def _device(run: RunRecord) -> str:
+    if run.device["kind"] == "cpu":
+        return f"CPU ({run.device['cpu']})"
+    return f"{len(Topology.parse(run.settings['topology']).devices)} × {run.device['name']}"
 
 
 def _commit(run: RunRecord) -> str:
@@ -106,10 +107,6 @@ def colour_of(way: Way, ways: Sequence[Way]) -> str:
     return MORE_COLOURS[extra.index(way) % len(MORE_COLOURS)] if way in extra else MODE_COLOURS[way.mode]
 
 
-def workload_name(workload: str) -> str:
-    return named(workload)
-
-
 # --------------------------------------------------------------------------------------------------- reckoning
 
 
@@ -125,7 +122,7 @@ def quantile_band(values: Sequence[float], share: float, seed: int = 0) -> Band:
     data = np.asarray(values)
     drawn = np.quantile(np.random.default_rng(seed).choice(data, (RESAMPLES, len(data))), share, axis=1, method="inverted_cdf")
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Band(float(np.quantile(data, share, method="inverted_cdf")), float(low), float(high))
+    return Band(quantile(values, share), float(low), float(high))
 
 
 def goodput_band(runs: Sequence[RunRecord]) -> Band:
@@ -150,7 +147,6 @@ def wilson(share: float, number: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def by_rate(runs: Sequence[RunRecord], reckon: Callable[[list[RunRecord]], float | Band]) -> tuple[list[float], list]:
-    """Rates, and what is reckoned of the runs at each."""
-    rates = values_of(runs, "rate")
-    return rates, [reckon(chosen(runs, rate=rate)) for rate in rates]
+def by_rate(runs: Sequence[RunRecord], reckon: Callable[[list[RunRecord]], Band]) -> list[Band]:
+    """What is reckoned of the runs at each rate."""
+    return [reckon(chosen(runs, rate=rate)) for rate in values_of(runs, "rate")]

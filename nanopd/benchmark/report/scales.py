@@ -20,6 +20,9 @@ class Scale:
     end: float
     is_log: bool = False
 
+    def __str__(self) -> str:
+        return f"{'log' if self.is_log else 'linear'} {self.low:.9g} {self.high:.9g} {self.start:.3f} {self.end:.3f}"
+
     def at(self, value: float) -> float:
         """Its pixel. On a logarithmic axis values that are not above 0 lie at its lower end."""
         if self.is_log:

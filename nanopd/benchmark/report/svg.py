@@ -12,18 +12,20 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
 
 from nanopd.benchmark.report.scales import Scale, number, spread
+from nanopd.benchmark.report.style import LEGEND_GAP, LEGEND_MARK, LEGEND_ROW, WIDTH
 from nanopd.benchmark.report.text import LINE, text_svg, text_width
 from nanopd.widgets.player import FAINT, FONT, INK, PAPER
 
 DASHES = {"dot": "2 4", "dash": "7 4"}
 TICK_PX, TICK_SIZE = 55, 11  # about, from tick to tick; of their texts
 COLORBAR_PX = 130
-LEGEND_SIZE, LEGEND_ROW, LEGEND_MARK = 12, 20, 30
+LEGEND_SIZE = 12
 
 
 def to_svg(figure: go.Figure) -> str:
@@ -63,7 +65,7 @@ class Shape:
 class _Picture:
     def __init__(self, figure: go.Figure) -> None:
         self.figure, self.layout = figure, figure.layout
-        self.width, self.height = self.layout.width or 960, self.layout.height or 450
+        self.width, self.height = self.layout.width or WIDTH, self.layout.height or 450
         self.panels: dict[tuple[str, str], Panel] = {}
         for trace in figure.data:
             if trace.type not in ("scatter", "bar", "heatmap"):
@@ -148,7 +150,7 @@ class _Picture:
         rows: list[list[tuple[Any, float]]] = [[]]
         room = self.width - 32
         for trace in shown:
-            width = LEGEND_MARK + text_width(trace.name, LEGEND_SIZE) + 16
+            width = LEGEND_MARK + text_width(trace.name, LEGEND_SIZE) + LEGEND_GAP
             if rows[-1] and sum(each for _, each in rows[-1]) + width > room:
                 rows.append([])
             rows[-1].append((trace, width))
@@ -194,14 +196,16 @@ class _Picture:
     def _cell_text(shape: Shape, panel: Panel) -> str:
         x = (panel.x_scale.at(shape.x0) + panel.x_scale.at(shape.x1)) / 2
         y = (panel.y_scale.at(shape.y0) + panel.y_scale.at(shape.y1)) / 2
-        size = min(TICK_SIZE, TICK_SIZE * abs(panel.x_scale.at(shape.x1) - panel.x_scale.at(shape.x0)) / (text_width(shape.text, TICK_SIZE) + 6))
+        room = abs(panel.x_scale.at(shape.x1) - panel.x_scale.at(shape.x0))
+        size = min(TICK_SIZE, TICK_SIZE * room / (text_width(shape.text, TICK_SIZE) + 6))
         return text_svg(shape.text, x, y + 4 - LINE * size / 2 * shape.text.count("<br>"), size, readable_on(shape.fill), "middle")
 
     def _annotations(self) -> Iterator[str]:
         """Panels' titles: plotly places them in shares of the area of all panels."""
         left, right, top, bottom = self.area
         for note in self.layout.annotations:
-            yield text_svg(note.text, left + note.x * (right - left), bottom - note.y * (bottom - top) - 8, note.font.size or 13, INK, "middle")
+            x, y = left + note.x * (right - left), bottom - note.y * (bottom - top)
+            yield text_svg(note.text, x, y - 8, note.font.size or 13, INK, "middle")
 
     def _colour_bar(self) -> Iterator[str]:
         trace = self.bar_of_colours
@@ -211,7 +215,8 @@ class _Picture:
         x, ends = right + 24, (trace.zmin, trace.zmax)
         yield '<defs><linearGradient id="scale" x1="0" y1="1" x2="0" y2="0">' + "".join(
             f'<stop offset="{share:g}" stop-color="{colour}"/>' for share, colour in trace.colorscale) + "</linearGradient></defs>"
-        yield f'<rect x="{x:.1f}" y="{top + 20:.1f}" width="14" height="{bottom - top - 20:.1f}" fill="url(#scale)" stroke="{FAINT}" stroke-width="0.5"/>'
+        yield (f'<rect x="{x:.1f}" y="{top + 20:.1f}" width="14" height="{bottom - top - 20:.1f}" fill="url(#scale)" stroke="{FAINT}" '
+               'stroke-width="0.5"/>')
         yield text_svg(trace.colorbar.title.text or "", self.width - 14, top + 8, 11, FAINT, "end")
         scale = Scale(*ends, bottom, top + 20)
         for value, text in zip(trace.colorbar.tickvals or (), trace.colorbar.ticktext or ()):
@@ -250,8 +255,9 @@ def _scatter(trace: Any, panel: Panel) -> Iterator[str]:
             yield _line(panel.x_scale.at(x), panel.y_scale.at(y - down), panel.x_scale.at(x), panel.y_scale.at(y + up),
                         trace.error_y.color, trace.error_y.thickness or 1.5)
     if "markers" in mode:
-        radius = (trace.marker.size or 6) / 2
-        yield from (f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{radius:g}" {_paint("fill", trace.marker.color)}/>' for x, y in filter(None, points))
+        symbols = trace.marker.symbol if isinstance(trace.marker.symbol, tuple) else ["circle"] * len(points)
+        yield from (_dot(*point, (trace.marker.size or 6) / 2, trace.marker.color, symbol == "circle-open")
+                    for point, symbol in zip(points, symbols) if point)
 
 
 def _bars(traces: Sequence[Any], layout: Any) -> Iterator[Shape]:
@@ -286,7 +292,7 @@ def _cells(traces: Sequence[Any]) -> Iterator[Shape]:
 def colour_at(scale: Sequence[tuple[float, str]], share: float) -> str:
     """Between the two nearest colours of a scale of shares and "#rrggbb", as "#rrggbb"."""
     share = min(max(share, scale[0][0]), scale[-1][0])
-    (low, one), (high, other) = next((a, b) for a, b in zip(scale, scale[1:]) if share <= b[0])
+    (low, one), (high, other) = next((a, b) for a, b in pairwise(scale) if share <= b[0])
     part = (share - low) / (high - low)
     return "#" + "".join(f"{round(int(one[i:i + 2], 16) * (1 - part) + int(other[i:i + 2], 16) * part):02x}" for i in (1, 3, 5))
 
@@ -316,8 +322,7 @@ def _ticks(axis: Any, scale: Scale) -> list[tuple[float, str]]:
 
 def _panel_tag(key: tuple[str, str], panel: Panel, number_: int) -> str:
     """Its scales with it, so that a reader can tell values from pixels."""
-    said = " ".join(f'data-{letter}="{"log" if scale.is_log else "linear"} {scale.low:.9g} {scale.high:.9g} {scale.start:.3f} {scale.end:.3f}"'
-                    for letter, scale in (("x", panel.x_scale), ("y", panel.y_scale)))
+    said = " ".join(f'data-{letter}="{scale}"' for letter, scale in (("x", panel.x_scale), ("y", panel.y_scale)))
     return f'<g class="panel" id="{"".join(key)}" {said} clip-path="url(#panel{number_})">'
 
 
@@ -327,12 +332,17 @@ def _rect(shape: Shape, panel: Panel) -> str:
     return f'<rect x="{x0:.2f}" y="{y0:.2f}" width="{x1 - x0:.2f}" height="{y1 - y0:.2f}" {_paint("fill", shape.fill)}/>'
 
 
+def _dot(x: float, y: float, radius: float, colour: str, is_hollow: bool) -> str:
+    paint = f'fill="{PAPER}" {_paint("stroke", colour)} stroke-width="1.5"' if is_hollow else _paint("fill", colour)
+    return f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{radius:g}" {paint}/>'
+
+
 def _legend_mark(trace: Any, x: float, y: float) -> str:
     if trace.type == "bar":
         return f'<rect x="{x + 8:.1f}" y="{y - 6:.1f}" width="14" height="12" {_paint("fill", trace.marker.color)}/>'
     mode = trace.mode or "lines"
     line = _line(x, y, x + 24, y, trace.line.color, 2, trace.line.dash) if "lines" in mode else ""
-    return line + (f'<circle cx="{x + 12:.1f}" cy="{y:.1f}" r="3" {_paint("fill", trace.marker.color)}/>' if "markers" in mode else "")
+    return line + (_dot(x + 12, y, 3, trace.marker.color, False) if "markers" in mode else "")
 
 
 def _line(x0: float, y0: float, x1: float, y1: float, colour: str, width: float = 1, dash: str | None = None) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, pairwise
 from statistics import fmean, median
 
 import numpy as np
@@ -22,9 +23,20 @@ from nanopd.benchmark.report.runs import (
     quantile_band,
     source_of,
     values_of,
+    way_of,
     ways_of,
 )
-from nanopd.benchmark.report.style import DIVERGING, MODE_COLOURS, SHARES, faded, finish, panels
+from nanopd.benchmark.report.style import (
+    MODE_COLOURS,
+    SHARES,
+    advantage_map,
+    dots,
+    faded,
+    finish,
+    in_order,
+    panels,
+    stroke,
+)
 from nanopd.benchmark.report.words import named, w
 
 PHASES = {"queue": "#9ca3af", "prefill": "#0072b2", "transfer": "#d55e00", "decode": "#56b4e9"}
@@ -52,11 +64,11 @@ def latency_figure(runs: Sequence[RunRecord], what: str = "e2e") -> go.Figure:
         for way in ways:
             those = [run for run in chosen(runs, way, workload=workload) if column([run], what)]
             for share, dash in QUANTILES.items():
-                rates, bands = by_rate(those, lambda same: quantile_band(column(same, what), share))  # noqa: B023  # used at once
-                _band_line(figure, place, way, ways, rates, [Band(*(MS * part for part in band)) for band in bands], f"p{share:.0%}"[:-1],
-                           dash, show=place == 1)
+                bands = by_rate(those, lambda same: quantile_band(column(same, what), share))  # noqa: B023  # used at once
+                in_ms = [Band(*(MS * part for part in band)) for band in bands]
+                _band_line(figure, place, those, ways, in_ms, f"p{100 * share:.0f}", dash)
     _axes(figure, w("ms"), log=True)
-    return finish(figure, w("latency.title", what=named(what)), source_of(runs))
+    return finish(figure, w("latency.title", what=named(what)), _with_hollow(runs))
 
 
 def throughput_figure(runs: Sequence[RunRecord]) -> go.Figure:
@@ -82,34 +94,44 @@ def _against_rate(runs: Sequence[RunRecord], metric: str, axis: str, title: str,
             those = chosen(runs, way, workload=workload)
             if not those:
                 continue
-            rates, bands = by_rate(those, goodput_band if band else _plain_mean(metric))
-            _band_line(figure, place, way, ways, rates, bands, "", "solid", show=place == 1)
-            figure.add_scatter(x=[run.settings["rate"] for run in those], y=[run.metrics[metric] for run in those], mode="markers",
-                               marker={"color": faded(colour_of(way, ways), 0.45), "size": 5}, showlegend=False,
-                               name=w("seed_dot"), legendgroup=str(way), row=1, col=place)
+            bands = by_rate(those, goodput_band if band else _plain_mean(metric))
+            _band_line(figure, place, those, ways, bands, "", "solid")
+            figure.add_scatter(x=[run.settings["rate"] for run in those], y=[run.metrics[metric] for run in those],
+                               name=w("seed_dot"), legendgroup=label_of(way, ways), row=1, col=place, **dots(colour_of(way, ways)))
     _axes(figure, axis)
     figure.update_yaxes(rangemode="tozero")
-    return finish(figure, title, source_of(runs))
+    return finish(figure, title, _with_hollow(runs))
 
 
-def _plain_mean(metric: str):
-    def mean(same: list[RunRecord]) -> Band:
+def _with_hollow(runs: Sequence[RunRecord]) -> str:
+    """The source, and what hollow dots mean where there are any."""
+    is_steady = all(run.metrics["steady"]["is_steady"] for run in runs)
+    return source_of(runs) if is_steady else f"{source_of(runs)} · {w('stamp.hollow')}"
+
+
+def _plain_mean(metric: str) -> Callable[[Sequence[RunRecord]], Band]:
+    def mean(same: Sequence[RunRecord]) -> Band:
         value = fmean(run.metrics[metric] for run in same)
         return Band(value, value, value)
     return mean
 
 
-def _band_line(figure: go.Figure, place: int, way: Way, ways: Sequence[Way], rates: list[float], bands: list[Band], suffix: str, dash: str,
-               show: bool) -> None:
-    """A line through the values, and the band around it where it is wider than the line."""
+def _band_line(figure: go.Figure, place: int, runs: Sequence[RunRecord], ways: Sequence[Way], bands: list[Band], suffix: str,
+               dash: str) -> None:
+    """A line through the values of one way's runs by rate, hollow where the load was not steady; and the band around it."""
+    if not runs:
+        return
+    way, rates = way_of(runs[0]), values_of(runs, "rate")
+    steady = [all(run.metrics["steady"]["is_steady"] for run in chosen(runs, rate=rate)) for rate in rates]
     colour = colour_of(way, ways)
     name = f"{label_of(way, ways)} {suffix}".strip()
     if any(band.high > band.low for band in bands):
         figure.add_scatter(x=[*rates, *reversed(rates)], y=[*(band.high for band in bands), *(band.low for band in reversed(bands))],
                            fill="toself", fillcolor=faded(colour, 0.14), line={"width": 0}, mode="lines", hoverinfo="skip",
                            showlegend=False, legendgroup=name, name=f"{name} 95%", row=1, col=place)
-    figure.add_scatter(x=rates, y=[band.value for band in bands], mode="lines+markers", name=name, legendgroup=name, showlegend=show,
-                       line={"color": colour, "dash": dash, "width": 2}, marker={"color": colour, "size": 6}, row=1, col=place)
+    figure.add_scatter(x=rates, y=[band.value for band in bands], name=name, legendgroup=name, showlegend=place == 1, row=1, col=place,
+                       **stroke(colour, dash))
+    figure.data[-1].marker.symbol = ["circle" if each else "circle-open" for each in steady]
 
 
 def _axes(figure: go.Figure, y: str, log: bool = False) -> None:
@@ -128,13 +150,14 @@ def outcomes_figure(runs: Sequence[RunRecord]) -> go.Figure:
             counts = [sum(run.metrics[status] for run in chosen(those, rate=rate)) for rate in rates]
             figure.add_bar(x=list(range(len(rates))), y=counts, marker_color=colour, name=w(status), legendgroup=status,
                            showlegend=row == place == 1, row=row, col=place)
-        figure.update_xaxes(tickvals=list(range(len(rates))), ticktext=[f"{rate:g}" for rate in rates], row=row, col=place)
+        figure.update_xaxes(in_order(rates, (f"{rate:g}" for rate in rates)), row=row, col=place)
     figure.update_xaxes(title_text=w("rate"), row=len(ways))
     figure.update_yaxes(title_text=w("requests"), col=1)
     return finish(figure, w("outcomes.title"), source_of(runs), rows=len(ways))
 
 
-def _grid(runs: Sequence[RunRecord], ways: Sequence[Way], workloads: Sequence[str]) -> Iterator[tuple[tuple[int, int], list[RunRecord]]]:
+def _grid(runs: Sequence[RunRecord], ways: Sequence[Way],
+          workloads: Sequence[str]) -> Iterator[tuple[tuple[int, int], list[RunRecord]]]:
     """A panel for each way and workload that has runs."""
     for row, way in enumerate(ways, 1):
         for place, workload in enumerate(workloads, 1):
@@ -155,7 +178,7 @@ def violin_figure(runs: Sequence[RunRecord], what: str = "e2e", rate: float | No
             values = [MS * value for value in column(chosen(runs, way, workload=workload, rate=rates[workload]), what)]
             if values:
                 _violin(figure, place, number, values, colour_of(way, ways), label_of(way, ways), show=place == 1)
-    figure.update_xaxes(tickvals=list(range(len(ways))), ticktext=[label_of(way, ways) for way in ways], range=[-0.5, len(ways) - 0.5])
+    figure.update_xaxes(in_order(ways, (label_of(way, ways) for way in ways)), range=[-0.5, len(ways) - 0.5])
     figure.update_yaxes(type="log")
     figure.update_yaxes(title_text=w("ms"), col=1)
     return finish(figure, w("violin.title", what=named(what)), source_of(runs))
@@ -183,7 +206,7 @@ def outline(values: Sequence[float], half_width: float = 0.42) -> tuple[list[flo
     logs = np.log(np.asarray(values))
     spread = float(np.std(logs)) or 0.05
     bandwidth = 1.06 * spread * len(logs) ** -0.2
-    at = np.linspace(logs.min() - bandwidth, logs.max() + bandwidth, VIOLIN_POINTS)
+    at = np.linspace(logs.min() - 2 * bandwidth, logs.max() + 2 * bandwidth, VIOLIN_POINTS)
     density = np.exp(-0.5 * ((at[:, None] - logs[None, :]) / bandwidth) ** 2).sum(axis=1)
     return (half_width * density / density.max()).tolist(), np.exp(at).tolist()
 
@@ -200,13 +223,11 @@ def ttft_by_length_figure(runs: Sequence[RunRecord], rate: float | None = None) 
             if not pairs:
                 continue
             colour, name = colour_of(way, ways), label_of(way, ways)
-            shown = pairs[:: math.ceil(len(pairs) / MOST_POINTS)]
-            figure.add_scatter(x=[length for length, _ in shown], y=[ttft for _, ttft in shown], mode="markers", showlegend=False,
-                               marker={"color": faded(colour, 0.4), "size": 4}, name=name, legendgroup=name, row=1, col=place)
-            spans = [those for low, high in zip(LENGTH_EDGES, LENGTH_EDGES[1:]) if (those := [pair for pair in pairs if low < pair[0] <= high])]
-            figure.add_scatter(x=[median(length for length, _ in span) for span in spans], y=[median(ttft for _, ttft in span) for span in spans],
-                               mode="lines+markers", line={"color": colour, "width": 2}, marker={"color": colour, "size": 6}, name=name,
-                               legendgroup=name, showlegend=place == 1, row=1, col=place)
+            lengths, ttfts = zip(*pairs[:: math.ceil(len(pairs) / MOST_POINTS)])
+            figure.add_scatter(x=lengths, y=ttfts, name=name, legendgroup=name, row=1, col=place, **dots(colour, 4))
+            spans = [list(zip(*those)) for _, those in groupby(sorted(pairs), lambda pair: _span_of(pair[0]))]
+            figure.add_scatter(x=[median(span[0]) for span in spans], y=[median(span[1]) for span in spans], name=name,
+                               legendgroup=name, showlegend=place == 1, row=1, col=place, **stroke(colour))
     figure.update_xaxes(title_text=w("prompt"), type="log")
     figure.update_yaxes(type="log")
     figure.update_yaxes(title_text=w("ms"), col=1)
@@ -236,8 +257,8 @@ def routing_map_figure(runs: Sequence[RunRecord]) -> go.Figure:
             x=list(range(len(rates))), y=list(range(len(spans))), z=shares, colorscale=SHARES, zmin=0, zmax=100, showscale=False,
             text=[["" if share is None else f"{share:.0f}%" for share in row] for row in shares], texttemplate="%{text}",
             name=w("percent"), row=1, col=place)
-        figure.update_xaxes(tickvals=list(range(len(rates))), ticktext=[f"{rate:g}" for rate in rates], row=1, col=place)
-        figure.update_yaxes(tickvals=list(range(len(spans))), ticktext=[f"{low + 1}–{high}" for low, high in spans], row=1, col=place)
+        figure.update_xaxes(in_order(rates, (f"{rate:g}" for rate in rates)), row=1, col=place)
+        figure.update_yaxes(in_order(spans, (f"{low + 1}–{high}" for low, high in spans)), row=1, col=place)
     figure.update_xaxes(title_text=w("rate"), showgrid=False)
     figure.update_yaxes(showgrid=False)
     figure.update_yaxes(title_text=w("prompt"), col=1)
@@ -257,7 +278,7 @@ def _shares(runs: Sequence[RunRecord]) -> tuple[list[float], list[tuple[int, int
 
 
 def _span_of(length: int) -> tuple[int, int]:
-    return next((low, high) for low, high in zip(LENGTH_EDGES, LENGTH_EDGES[1:]) if low < length <= high)
+    return next((low, high) for low, high in pairwise(LENGTH_EDGES) if low < length <= high)
 
 
 def crossover_figure(runs: Sequence[RunRecord]) -> go.Figure:
@@ -281,11 +302,9 @@ def crossover_figure(runs: Sequence[RunRecord]) -> go.Figure:
     if not any(each is not None for line in lead for each in line):
         raise NoData("no rate was measured both collocated and disaggregated")
     figure = panels(1, 1, [])
-    figure.add_heatmap(x=list(range(number)), y=list(range(len(workloads))), z=lead, text=text, texttemplate="%{text}", zmin=-1, zmax=1,
-                       colorscale=DIVERGING, colorbar={"title": {"text": w("advantage")}, "tickvals": [-1, 0, 1],
-                                                       "ticktext": ["−100%", "0", "+100%"]})
-    figure.update_xaxes(tickvals=[], title_text=w("rate"), showgrid=False)
-    figure.update_yaxes(tickvals=list(range(len(workloads))), ticktext=[named(name) for name in workloads], showgrid=False)
+    advantage_map(figure, lead, text)
+    figure.update_xaxes(tickvals=[], title_text=w("rate"))
+    figure.update_yaxes(in_order(workloads, map(named, workloads)))
     return finish(figure, w("crossover.title"), source_of(runs))
 
 
@@ -319,8 +338,7 @@ def regret_figure(runs: Sequence[RunRecord]) -> go.Figure:
                 rates.append(rate)
                 regrets.append(1 - adaptive / max(goodput.values()))
         if rates:
-            figure.add_scatter(x=rates, y=regrets, mode="lines+markers", name=named(workload), showlegend=True, line={"color": colour, "width": 2},
-                               marker={"color": colour, "size": 6})
+            figure.add_scatter(x=rates, y=regrets, name=named(workload), **stroke(colour))
     if not figure.data:
         raise NoData("no adaptive run stands beside another mode's at the same rate")
     figure.update_xaxes(title_text=w("rate"))
@@ -352,7 +370,7 @@ def breakdown_figure(runs: Sequence[RunRecord]) -> go.Figure:
             means = [MS * fmean(column(chosen(those, rate=rate), phase) or [0.0]) for rate in rates]
             figure.add_bar(x=list(range(len(rates))), y=means, marker_color=colour, name=w(phase), legendgroup=phase,
                            showlegend=row == place == 1, row=row, col=place)
-        figure.update_xaxes(tickvals=list(range(len(rates))), ticktext=[f"{rate:g}" for rate in rates], row=row, col=place)
+        figure.update_xaxes(in_order(rates, (f"{rate:g}" for rate in rates)), row=row, col=place)
     figure.update_xaxes(title_text=w("rate"), row=len(workloads))
     figure.update_yaxes(title_text=w("ms"), col=1)
     return finish(figure, w("breakdown.title"), source_of(runs), rows=len(workloads))
@@ -372,12 +390,12 @@ def timeline_figure(run: RunRecord) -> go.Figure:
             continue
         numbers, arrivals, ttfts, e2es = map(list, zip(*those))
         colour = MODE_COLOURS[mode]
-        for part, base, width, fill in (("first_wait", arrivals, ttfts, faded(colour, 0.35)),
-                                        ("writing", [a + b for a, b in zip(arrivals, ttfts)], [b - a for a, b in zip(ttfts, e2es)], colour)):
+        firsts, writing = [a + b for a, b in zip(arrivals, ttfts)], [b - a for a, b in zip(ttfts, e2es)]
+        for part, base, width, fill in (("first_wait", arrivals, ttfts, faded(colour, 0.35)), ("writing", firsts, writing, colour)):
             figure.add_bar(orientation="h", y=numbers, base=base, x=width, marker_color=fill, name=f"{w(mode)}, {w(part)}", width=0.8)
     figure.update_yaxes(range=[len(shown) - 0.5, -0.5], title_text=w("requests"), showgrid=False)
     figure.update_xaxes(title_text=w("time"))
     figure.update_layout(barmode="overlay")
     settings = run.settings
-    return finish(figure, w("timeline.title", mode=w(settings["mode"]), workload=named(settings["workload"]), rate=f"{settings['rate']:g}"),
-                  source_of([run]))
+    title = w("timeline.title", mode=w(settings["mode"]), workload=named(settings["workload"]), rate=f"{settings['rate']:g}")
+    return finish(figure, title, source_of([run]))
