@@ -16,6 +16,8 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from nanopd.benchmark.report.runs import wilson
+from nanopd.benchmark.report.style import MODE_COLOURS, MORE_COLOURS
 from nanopd.config import SLO
 from nanopd.metrics import Outcome, meets, quantile
 from nanopd.widgets.figure import Panel
@@ -25,12 +27,9 @@ from nanopd.widgets.strings import t
 if TYPE_CHECKING:
     from nanopd.benchmark.load import Load, RunRecord
 
-COLOURS = {"collocated": "#0072b2", "disaggregated": "#e69f00", "adaptive": "#009e73"}
-OTHERS = ("#d55e00", "#cc79a7", "#56b4e9", "#6b7280")  # for lines of other names, in turn
 ORIGINS = ("measured", "recorded", "simulated")
 SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 ENOUGH = 0.9  # share of the requests that have to meet the SLO for a rate to be served
-Z95 = 1.96  # standard deviations to either side hold 95%
 
 
 class Felt(NamedTuple):
@@ -83,13 +82,9 @@ class Cell:
         return self._num_met(slo) / self.seconds
 
     def interval(self, slo: SLO) -> tuple[float, float]:
-        """Where the goodput lies with 95% confidence, if requests are independent (Wilson's interval of a share)."""
-        number, share = len(self.requests), self.attainment(slo)
-        if not number:
-            return 0.0, 0.0
-        middle = (share + Z95**2 / (2 * number)) / (1 + Z95**2 / number)
-        half = Z95 / (1 + Z95**2 / number) * math.sqrt(share * (1 - share) / number + Z95**2 / (4 * number**2))
-        return max(0.0, middle - half) * number / self.seconds, min(1.0, middle + half) * number / self.seconds
+        """Where the goodput lies with 95% confidence, if requests are independent."""
+        low, high = wilson(self.attainment(slo), len(self.requests)) if self.requests else (0.0, 0.0)
+        return low * len(self.requests) / self.seconds, high * len(self.requests) / self.seconds
 
     def latency(self, name: str, share: float) -> float | None:
         """A quantile of "ttft" or "tpot", in seconds, of those that were answered; None where there are none."""
@@ -225,8 +220,8 @@ class SweepExplorer(Panel):
     def _bare_figure(self) -> go.Figure:
         figure = make_subplots(rows=1, cols=3, column_widths=[0.42, 0.29, 0.29], horizontal_spacing=0.06,
                                subplot_titles=[t("sweep.goodput_title"), " ", " "])
-        others = iter(OTHERS * len(self.lines))
-        colours = {line: COLOURS.get(line) or next(others) for line in self.lines}
+        others = iter(MORE_COLOURS * len(self.lines))
+        colours = {line: MODE_COLOURS.get(line) or next(others) for line in self.lines}
         for place in (1, 2, 3):
             for line, colour in colours.items():
                 figure.add_trace(go.Scatter(
@@ -253,4 +248,4 @@ class SweepExplorer(Panel):
 
 def _name(line: str) -> str:
     """Of a mode in the reader's language; of anything else as it is."""
-    return t(f"live.{line}") if line in COLOURS else escape(line)
+    return t(f"live.{line}") if line in MODE_COLOURS else escape(line)
