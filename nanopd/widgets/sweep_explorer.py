@@ -153,7 +153,7 @@ class SweepExplorer(Panel):
     def snapshot(self) -> go.Figure:
         """What is shown now as a static figure, with the words as its title."""
         figure = go.Figure(self.figure.to_plotly_json())
-        title = {"text": self.sentence, "font_size": 12, "x": 0.01, "xanchor": "left", "yref": "container", "y": 0.98, "yanchor": "top"}
+        title = {"text": self.sentence, "font_size": 12, "x": 0.01, "xanchor": "left", "yref": "container", "y": 0.96, "yanchor": "top"}
         return figure.update_layout(margin_t=figure.layout.margin.t + 50, height=figure.layout.height + 50, title=title)
 
     # What changes it
@@ -239,7 +239,7 @@ class SweepExplorer(Panel):
         figure.update_xaxes(gridcolor="#e5e7eb", zeroline=False, tickfont_color=FAINT, rangemode="tozero",
                             title={"text": t("sweep.rate_axis"), "font_color": FAINT})
         figure.update_yaxes(gridcolor="#e5e7eb", zeroline=False, tickfont_color=FAINT, rangemode="tozero")
-        figure.update_yaxes(type="log", col=2)
+        figure.update_yaxes(type="log", dtick="D2", col=2)
         return figure.update_layout(
             height=380, font={"family": FONT, "color": INK, "size": 12}, plot_bgcolor=PAPER, paper_bgcolor=PAPER,
             margin={"l": 10, "r": 10, "t": 40, "b": 90},

@@ -10,7 +10,7 @@
 #
 # It takes about an hour, and all of it runs on a CPU. The code is in `nanopd/benchmark/load/`. What is simulated says so.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="3144f0a8"
 # # 07 基准测试
 #
 # 第 06 章决定请求往哪里去。那么，值不值呢？要回答这个问题，得有负载，有指标，还得有底气相信它们，而这三样都可能骗人：客户端客客气气地等着，
@@ -43,7 +43,7 @@ from nanopd.workbook import loads
 # **Of 120 requests, what percent takes longer than 0.3 s, says the client that waits? And a client that sends each request
 # when it is due, whatever has become of the others?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="39169458"
 # ## 7.1 会等的客户端
 #
 # 最简单的压测工具：发一个请求，等它答完，再发下一个。下面这个有一张时刻表，每秒 20 个请求，持续六秒。跑到一半，我们**让 Worker 的进程停一秒**，
@@ -94,7 +94,7 @@ guess.reveal(*(100 * fmean(second > 0.3 for second in seconds) for seconds in (w
 # `server.wait(until)` returns `[(i, when it ended), ...]` as soon as there is one, or an empty list when it is `until`, or a
 # little later. Return how long each request took for its user.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="19a7a233"
 # 两个客户端遇到的是同一次停顿。会等的那个只交出**一个**慢请求：停顿期间本该发出的那二十个，它等恢复了才发，表也是那时才掐的。
 # 它等于和服务器串通好了：情况一坏，就都别看。所以这种毛病叫**协同遗漏**（coordinated omission）。它的 p99 甚至毫无察觉。
 # 另一个才是**开环**：用户之间谁也不等谁；表从请求**该发**的那一刻掐起，而不是客户端腾出手来的那一刻。
@@ -128,7 +128,7 @@ nanopd.check("07.1", open_loop)
 # bench serve`): 1 is Poisson, 0.25 comes in bursts, 50 is nearly a timetable. Below, the same 18 requests a second on one
 # simulated H200. **How many times as long is the p99 of TTFT in bursts as by timetable?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="3f4328b8"
 # ## 7.2 速率一样，负载不一样
 #
 # 真实的用户不按时刻表来。要是他们互不相干，间隔就服从指数分布，这就是**泊松**过程。实际往往更糟：一个页面一口气发十个请求。
@@ -161,7 +161,7 @@ guess.reveal(tails[0.25] / tails[50])
 # ms, and a dashboard would say so. **What is the p99 of all 1,000 if B's times are evenly spread from 20 to 2,020 ms? And if
 # two of B's took 2,000 ms, and the rest 50?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="773f1bb9"
 # 所以光报一个速率，等于没说清负载。旁边还得写上到达方式、提示和回答的长度，还有随机种子——这样，各个模式拿到的才是一模一样的请求。
 #
 # ## 7.3 四个时间，一个分位数
@@ -199,7 +199,7 @@ guess.reveal(quantile(a + spread, 0.99), quantile(a + two_slow, 0.99))
 # server's? On one simulated H200 that bears about 30 requests a second, we offer 42. **By which factor does the mean TTFT
 # grow if the window is four times as long?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="9db5c531"
 # 同样的两个 p99，合在一起却可以天差地别：**分位数是不能平均的**。跨随机种子、跨分钟、跨 GPU 都不行：要么把请求合起来算，要么老老实实说“每一次的 p99”。
 # 还有，手算的那个 p99 其实是最大值：只差了一位，可一百个数里，差一位就差了全部。
 #
@@ -231,7 +231,7 @@ guess.reveal(means[16] / means[4])
 # does then is its capacity. Next, the open loop at some shares of that. **From 0.3 to 1.5 of the capacity, the rate grows by
 # a factor of five. By which do tokens a second grow, and by which the median TTFT?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="46bafeff"
 # 看得越久，它就越慢：空服务器一满，队列就开始涨，再也不停。队列一直在涨，就谈不上什么“延迟”了：你量到的是**你自己的耐心**。所以每次运行都要问一句：稳不稳？
 # 看的是窗口切成十段，每段里有多少请求还没答完（`metrics["steady"]`）。不稳的运行只说明一件事：超过它的能力了。
 #
@@ -275,7 +275,7 @@ guess.reveal(*(figures[1.5][name] / figures[0.3][name] for name in ("window_outp
 #
 # Find the knee by hand as well: Start, and push the rate up until the queue no longer comes down.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="f3807002"
 # 吞吐先爬坡，后躺平；TTFT 先躺平，后爬坡。两者交接的地方就是**拐点**，过了它，等于计划好了要迟到。拒收（`dropped`）让队列有个头，TTFT 也就不会一直涨下去。
 # （机器上还跑着别的东西的话，总有一两行会不像样。再跑一遍这一格试试：数会变，这本身也是个结果，见 7.7。）
 #
@@ -298,7 +298,7 @@ live
 # TTFT and the TPOT of the quietest run. **Goodput** is how many requests a second keep the promise; **attainment** is
 # the share of them. **At 1.5 times the capacity, what percent of its best does throughput have? And goodput?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="5c00298d"
 # ## 7.6 有效吞吐
 #
 # 来得太晚的 token 没有用，吞吐却照样算它。那就先许个诺：定一个 **SLO**，这里取最清闲那次运行的 TTFT 和 TPOT 各五倍。
@@ -321,7 +321,7 @@ guess.reveal(*(100 * judged[1.5][name] / max(f[name] for f in judged.values()) f
 # "failed" or "dropped", and `meets(record, slo)` looks at a completed one. `seconds` is how long it took, from the first
 # arrival that counts to the last token.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="7d39cfc2"
 # **练习 7.6** 写出这两个指标。`load.counted` 是窗口里的请求；每个都有 `status`：“completed”“failed”或“dropped”，`meets(record, slo)` 只看答完了的。
 # `seconds` 是总共花的时间，从第一个算数的请求到达，到最后一个 token。
 
@@ -348,7 +348,7 @@ widgets.SweepExplorer([Cell.of_load("C:cpu", share * most, run) for share, run i
 # percent of runs of 100 requests was even the slowest one quicker than that? And of 1,000?** (Paper will do: each request has
 # one chance in a hundred to be slower.)
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="ed157715"
 # 拖动滑块：运行还是那些运行，承诺一变，哪些算好就跟着变。竖线是 95% 区间。
 #
 # ## 7.7 有多大把握？
@@ -375,7 +375,7 @@ guess.reveal(below[100], below[1000])
 #
 # **Exercise 7.7.** Write it.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="1a29f687"
 # 可你手上只有一次运行，没有五百次。**自助法**（bootstrap）就靠这一次：从里面**有放回**地抽出同样多个值，算它们的分位数，
 # 这样做一千遍；中间 95% 所在的范围，就是区间。
 #
@@ -397,7 +397,7 @@ nanopd.check("07.7", interval)
 # One assumption is in it, that requests are independent, and in a queue they are not: who comes behind a slow one is slow as
 # well. Below, one simulated run with its interval, and seven more with other seeds. Count how many lie outside.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="c3e78956"
 # 这里头有个假设：请求之间互相独立。可排着队的时候并不是，前面的慢，后面的也跟着慢。下面是一次仿真和它的区间，再加上换了种子的七次。
 # 数一数有几个落在外面。
 
@@ -425,7 +425,7 @@ print([f"{tail:.0f}{'' if low <= tail <= high else ' outside'}" for tail in tail
 # writes. Not simulated: **recorded**, and read from the package. Prompts of 1,024 to 2,048 tokens, at 0.9 of what the lesser
 # mode was estimated to bear. **How many times as long is disaggregated TTFT (p99)? How many times as long is collocated TPOT?**
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="640b539b"
 # ## 7.8 三种模式，同样多的 GPU
 #
 # 落在外面的远不止二十分之一。就算请求互相独立，也会有几个在外面，因为区间说的是真值，不是下一次运行；何况它们并不独立，所以区间偏窄了。
@@ -453,39 +453,43 @@ guess.reveal(there["ttft_p99_ms"] / here["ttft_p99_ms"], here["tpot_p99_ms"] / t
 # two to three times as long, and at full load (what the better mode just bears) that GPU is overrun and nearly nobody is
 # served in time. So which mode is better has **no answer** without an SLO.
 #
-# The recorded file has quantiles only. To move the SLO you need requests: here is the same sweep **simulated**, with the
-# adaptive mode as well, whose two workers may take any part. Pull TPOT from 12 ms to 7. Then put it back and pull TTFT to 150.
+# The recorded file has quantiles only. To move the SLO you need requests: here is such a sweep **simulated**, with the adaptive
+# mode as well, whose two workers may take any part. Its router is told the SLO before it starts, so there are two: one was told
+# 12 ms of TPOT, the other 7. Pull TPOT from 12 ms to 7. Then put it back and pull TTFT to 150.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="980274ee"
 # 顺着分离那几行的 TPOT 往下看：**不管负载多高**，都是 6 毫秒左右——写的那块从不被打扰。混部的则随着夹在中间读的提示一路往上爬。再看 TTFT：
 # 分离时，本来两块一起读的，现在归一块读，所以长到两三倍；到了满载（较强的模式刚好扛得住），这块 GPU 被压垮，几乎没有请求能按时。
 # 所以不先定 SLO，“哪个模式好”就**没有答案**。
 #
-# 录下来的文件里只有分位数。要移动 SLO，得有一个个请求：下面是同样的扫描，**仿真**的，还加上了自适应模式，它的两个 Worker 什么角色都可以当。
-# 把 TPOT 从 12 毫秒拉到 7；再放回去，把 TTFT 拉到 150。
+# 录下来的文件里只有分位数。要移动 SLO，得有一个个请求：下面是一份类似的扫描，**仿真**的，还加上了自适应模式，它的两个 Worker 什么角色都可以当。
+# 自适应的路由器开工之前就得知道 SLO，所以有两条线：一个听说的 TPOT 是 12 毫秒，一个是 7 毫秒。把 TPOT 从 12 毫秒拉到 7；再放回去，把 TTFT 拉到 150。
 
 # %%
 promise, cells = SLO(ttft=0.5, tpot=0.012), []
-for rate in (8, 14, 20, 26, 32):
-    schedule = poisson_schedule(rate, workload("long"), window=4, warmup=2)
-    for mode, workers in {"collocated": {"C": 2}, "disaggregated": {"P": 1, "D": 1}, "adaptive": {"C": 2}}.items():
-        cells.append(Cell.of_simulated(mode, rate, loads.simulate(schedule, workers, mode, promise)))
+ways = {"collocated": ({"C": 2}, promise), "disaggregated": ({"P": 1, "D": 1}, promise), "adaptive": ({"C": 2}, promise),
+        "adaptive (7 ms)": ({"C": 2}, SLO(ttft=0.5, tpot=0.007))}
+for rate in (14, 20, 26, 32):
+    schedule = poisson_schedule(rate, workload("long"), window=100 / rate, warmup=25 / rate)
+    for way, (workers, told) in ways.items():
+        cells.append(Cell.of_simulated(way, rate, loads.simulate(schedule, workers, way.split()[0], told)))
 sweep = widgets.SweepExplorer(cells, "simulated", "2 x NVIDIA H200, Qwen3-8B, 1024-2048/128", promise)
 sweep
 
 # %% [markdown] lang="en"
 # So disaggregation **wins** where TPOT is tight and prompts are long. It **loses** where TTFT is tight; near saturation, for
 # parts of a fixed size are rarely both full (recorded, closed loop: 42 requests/s against 49 collocated on the same two
-# GPUs); with short prompts, which disturb nobody; and over a slow link. (Replace `long` by `short` above, with rates to 240.)
+# GPUs); with short prompts, which disturb nobody; and over a slow link. The adaptive mode can be either, if it is told what was
+# promised. (Replace `long` by `short` above, with rates to 240. And try `seed=1`: near the knee, one seed decides nothing.)
 #
 # **Exercise 7.8.** Read a sweep. Of each mode you are given the 95% interval of goodput at each rate. Say for each rate that
 # **all** modes were run at which mode is surely the best: its interval lies above all others. None where nobody can tell. The
 # crossover is where the name changes.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="843b8e49"
 # 所以，TPOT 卡得紧、提示又长的时候，分离**赢**。它**输**在这些地方：TTFT 卡得紧；接近饱和时——两边的大小是固定的，很少能同时吃满
 # （录得的闭环数据：同样两块 GPU，分离每秒 42 个请求，混部 49 个）；提示很短时，本来就打扰不到谁；还有链路慢的时候。
-# （把上面的 `long` 换成 `short`，速率加到 240 试试。）
+# 自适应模式两样都做得来，只要告诉它许了什么诺。（把上面的 `long` 换成 `short`，速率加到 240 试试。再试试 `seed=1`：在拐点附近，一个种子说了不算。）
 #
 # **练习 7.8** 读一份扫描。给你每个模式在每个速率下有效吞吐的 95% 区间。对**所有**模式都跑过的每个速率，说出哪个模式肯定最好：
 # 它的区间在其他所有区间之上。分不出来就是 None。名字变了的地方，就是交叉点。
@@ -513,7 +517,7 @@ nanopd.check("07.8", winners)
 # who was refused**. All three come out better than the honest one. **Which is which?** Guess A, B or C, in quotation marks,
 # once before you look and once after.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="59d138e7"
 # ## 7.9 弄坏它
 #
 # 三个赶时间的人写的基准测试。负载都一样，是服务器容量的 1.6 倍；SLO 也一样：老实的那份里，答完的请求有一半按时。然后各自报告成绩。有一个在服务器慢的时候**压着请求不发**；
@@ -556,7 +560,7 @@ live.shutdown()
 # The deep dive is `docs_en/07_benchmark.md`. Next, chapter 08: your own router against the reference, on a trace you haven't
 # seen.
 
-# %% [markdown] lang="zh"
+# %% [markdown] lang="zh" en_hash="cf2b001b"
 # 数字自己会露馅。**A** 一个也没拒收，可同样的过载下，老实的那份有拒收；而且它算数的请求少了：少掉的恰恰是待遇最差的那些。
 # **B** 的 TTFT 像台空闲的服务器，而最后一个请求声称窗口过了很久才该发：服务器什么时候有空，负载就拖到什么时候。
 # **C** 算数的请求最多，从 0 秒算起，而且它的第一个四分之一比老实的那份快。
