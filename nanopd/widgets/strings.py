@@ -409,6 +409,28 @@ STRINGS: dict[str, tuple[str, str]] = {
         "<br>另一条路（{other}）按同样长度的预测：{hindsight} 毫秒。遗憾值的估计：<b>{regret} 毫秒</b>"
         "（实测减预测；没走的那条路没有实测）。",
     ),
+    # sweep explorer
+    "sweep.measured": ("<b>Measured</b> on this machine ({device})", "<b>实测</b>，就在这台机器上（{device}）"),
+    "sweep.recorded": ("<b>Recorded</b> on {device}", "<b>录自</b> {device}"),
+    "sweep.simulated": ("<b>Simulated, not measured</b>: {device}", "<b>仿真，非实测</b>：{device}"),
+    "sweep.verdict": (
+        "Highest offered rate at which {share} of the requests meet the SLO: {lines}",
+        "{share} 的请求达标时，所能承受的最高到达速率：{lines}",
+    ),
+    "sweep.reaches": ("{line} <b>{rate}/s</b>", "{line} <b>{rate} 个/秒</b>"),
+    "sweep.none": ("{line} <b>none of these</b>", "{line} <b>一个也不行</b>"),
+    "sweep.ttft_bound": ("SLO: TTFT, ms", "SLO：TTFT（毫秒）"),
+    "sweep.tpot_bound": ("SLO: TPOT, ms", "SLO：TPOT（毫秒）"),
+    "sweep.goodput_title": ("goodput: requests/s within the SLO, 95% intervals", "有效吞吐：每秒达标的请求数，带 95% 区间"),
+    "sweep.ttft_title": ("{share} of TTFT (ms)", "TTFT 的 {share}（毫秒）"),
+    "sweep.tpot_title": ("{share} of TPOT (ms)", "TPOT 的 {share}（毫秒）"),
+    "sweep.rate_axis": ("offered, requests/s", "到达速率（请求/秒）"),
+    "sweep.bound": ("SLO", "SLO"),
+    "sweep.offered": ("all that was offered", "到达多少，达标多少"),
+    "sweep.hover": (
+        "offered {rate}/s: {good}/s within the SLO, {share} of {number} requests",
+        "每秒到达 {rate} 个：达标 {good} 个/秒，占 {number} 个请求的 {share}",
+    ),
     # transfer times
     "transfers.measured": (
         "measured on this machine's CPU, both ends in one process: {transports}",
