@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import nanopd
+from nanopd.lab.command import app as lab
+from nanopd.terminal import plain_errors as _plain_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+app.add_typer(lab, name="lab")
 
 Model = Annotated[str, typer.Option(help="'tiny' (embedded), a local directory, or a Hugging Face name.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU if there is one.")]
@@ -323,8 +326,8 @@ def serve(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
              add_help_option=False)
 def bench(context: typer.Context) -> None:
-    """Measure kernels, decode, prefill, serve, scheduler, transfer, cluster or routing, or simulate a study of routing, and
-    record it: bench BENCHMARK --help."""
+    """Measure: kernels, decode, prefill, static, scheduler, transfer, cluster, routing; serve a load, of a cluster or an
+    endpoint; simulate a study of routing. See bench BENCHMARK --help."""
     from nanopd.benchmark.command import main as run
 
     raise typer.Exit(run(context.args))
@@ -368,19 +371,6 @@ def _print_answers(llm: LLM, prompts: list[str], params: nanopd.SamplingParams, 
         if len(prompts) > 1:
             typer.secho(f"> {prompt}", bold=True)
         typer.echo(output.outputs[0].text)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What the user can put right is said in one line: bad options and requests, models that aren't there."""
-    try:
-        yield
-    except (ValueError, OSError) as error:  # ConfigError, InvalidRequest and ModelError are ValueErrors
-        typer.secho(f"nanopd: {error}", fg="red", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        typer.secho("nanopd: interrupted", err=True)
-        raise typer.Exit(130) from None
 
 
 if __name__ == "__main__":

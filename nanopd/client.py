@@ -23,6 +23,7 @@ from nanopd.core import (
 )
 from nanopd.engine.limits import Limits
 from nanopd.engine.output import OutputProcessor
+from nanopd.interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -149,18 +150,20 @@ class Client(ABC):
 
     def step(self) -> list[TokenEvent]:
         """Advance by one step. Returns the events of all requests; they also reach their streams."""
-        drawn = self._advance()
-        events, stopped = self._outputs.process(drawn)
-        for request_id, index in stopped:
-            self._stop_answer(request_id, index)
-        self._deliver(events)
+        with uninterrupted():  # but for the engine's own work, or what processes have said would be lost
+            drawn = self._advance()
+            events, stopped = self._outputs.process(drawn)
+            for request_id, index in stopped:
+                self._stop_answer(request_id, index)
+            self._deliver(events)
         return events
 
     def cancel(self, request_id: str) -> None:
         """End a request wherever it is. No effect on one that has ended."""
-        if request_id in self._outputs:
-            events, _ = self._outputs.process(self._cancel(request_id))
-            self._deliver(events)
+        with uninterrupted():
+            if request_id in self._outputs:
+                events, _ = self._outputs.process(self._cancel(request_id))
+                self._deliver(events)
 
     @property
     def has_work(self) -> bool:
@@ -269,9 +272,10 @@ class Client(ABC):
     def _stop_answer(self, request_id: str, index: int) -> None: ...
 
     def _submit(self, request: Request, **options: Any) -> Stream:
-        self._start(request, **options)
-        self._outputs.add(request)
-        stream = self._streams[request.request_id] = Stream(self, request.request_id)
+        with uninterrupted():
+            self._start(request, **options)
+            self._outputs.add(request)
+            stream = self._streams[request.request_id] = Stream(self, request.request_id)
         return stream
 
     def _deliver(self, events: list[TokenEvent]) -> None:

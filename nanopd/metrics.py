@@ -56,7 +56,12 @@ def quantile(values: Sequence[float], share: float) -> float:
     """The least value that so large a share of them does not exceed. Raises ValueError where there are none."""
     if not values:
         raise ValueError("there is no quantile of no values")
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+    return sorted(values)[rank(share, len(values))]
+
+
+def rank(share: float, number: int) -> int:
+    """Where the quantile stands among so many sorted values."""
+    return max(0, math.ceil(share * number) - 1)
 
 
 def summarize(outcomes: Iterable[Outcome], slo: SLO | None = None) -> Summary:

@@ -13,8 +13,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nanopd.benchmark.results import RECORDED, Report
+from nanopd.benchmark.load import command as load_command
+from nanopd.benchmark.results import RECORDED, Report, rounded
 from nanopd.benchmark.show import progress, show
+from nanopd.benchmark.sweep_command import add_parsers
 
 if TYPE_CHECKING:
     from nanopd.llm import LLM
@@ -27,6 +29,8 @@ OPEN = ("Poisson arrivals, sent whether or not earlier ones are answered; the ro
         "simulated: the same arrivals, by the profile measured at the start of the run")
 SIMULATED = ("simulated, not measured: the real schedulers and routers, with times by each hardware's profile or preset; goodput and "
              "attainment of requests after the warming up; a rate is the highest at which 90% of the requests met the SLO")
+PREFIXES = ("simulated, not measured: the real schedulers, caches and routers, with times by the hardware's preset; both routers "
+            "are the reference, and workers keep what they have computed either way")
 STEADY = "decode: wall time of engine.step() over consecutive steps; idle: outside of the steps' CUDA graphs"
 
 
@@ -94,11 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     prefill.add_argument("--model", default="qwen3-8b")
     prefill.add_argument("--tokens", nargs="+", type=_positive, help="prompt lengths")
 
-    serve = command("serve", _alone(_serve), "Many requests at once: tokens written a second.")
-    serve.add_argument("--model", default="qwen3-8b")
-    serve.add_argument("--sets", nargs="+", type=_set, metavar="NxFROM-TO", help="requests and their prompts, such as 48x64-256")
-    serve.add_argument("--output", type=_positive, default=128, help="tokens of each answer")
-    serve.add_argument("--peer", choices=("transformers",), help="the same requests through transformers' generate_batch")
+    static = command("static", _alone(_static), "Many requests at once: tokens written a second.")
+    static.add_argument("--model", default="qwen3-8b")
+    static.add_argument("--sets", nargs="+", type=_set, metavar="NxFROM-TO", help="requests and their prompts, such as 48x64-256")
+    static.add_argument("--output", type=_positive, default=128, help="tokens of each answer")
+    static.add_argument("--peer", choices=("transformers",), help="the same requests through transformers' generate_batch")
 
     scheduler = command("scheduler", _alone(_scheduler), "CPU time to plan a step and to take its result in. Needs no GPU.")
     scheduler.add_argument("--batches", nargs="+", type=_positive)
@@ -115,6 +119,15 @@ def _parser() -> argparse.ArgumentParser:
     study = command("study", _alone(_study), "Simulated: adaptive mode beside each fixed way to use as many workers. Needs no GPU.")
     study.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes that work side by side")
     study.add_argument("--only", metavar="MIX", help="cells of this mix alone")
+
+    prefixes = command("prefixes", _alone(_prefixes), "Simulated: what it is worth that the router knows who has computed what. "
+                                                      "Needs no GPU.")
+    prefixes.add_argument("--trace", type=Path, required=True, metavar="FILE", help="with prefixes: Mooncake's JSON lines")
+    prefixes.add_argument("--requests", type=_positive, default=2000, help="of the trace; default: the first %(default)s")
+    prefixes.add_argument("--speed-up", type=float, default=2.0, metavar="FACTOR", help="default: %(default)s times as fast")
+
+    load_command.add_parser(commands)
+    add_parsers(commands)
 
     command("all", _all, "All that need one GPU, what heats it last; about four minutes on an H200.")
     return parser
@@ -187,8 +200,8 @@ def _prefill(options: argparse.Namespace) -> Found:
     return Found(measured, rows, {"startup": {options.model: start}}, [HOT])
 
 
-def _serve(options: argparse.Namespace) -> Found:
-    _require_gpu("serve")
+def _static(options: argparse.Namespace) -> Found:
+    _require_gpu("static")
     from nanopd.benchmark import ceilings, serving
 
     measured, sets = ceilings.measure(), options.sets or serving.SETS
@@ -244,11 +257,22 @@ def _study(options: argparse.Namespace) -> Found:
     return Found({}, rows, summary, [SIMULATED], on_cpu=True)
 
 
+def _prefixes(options: argparse.Namespace) -> Found:
+    from nanopd.benchmark import prefixes
+    from nanopd.simulator.traces import read_trace
+
+    trace = read_trace(options.trace).sped_up(options.speed_up).first(options.requests)
+    if not any(one.prefix for one in trace):
+        raise ValueError(f"the trace {options.trace} does not say which prompts begin alike (hash_ids): there is nothing to find")
+    rows, summary = prefixes.run(trace)
+    return Found({}, rows, summary, [PREFIXES], on_cpu=True)
+
+
 def _all(options: argparse.Namespace) -> int:
     """One after the other, each saved when it is done. One that fails does not keep the others from running."""
     _require_gpu("all")
     failed = []
-    for name in ("scheduler", "kernels", "decode", "prefill", "serve"):
+    for name in ("scheduler", "kernels", "decode", "prefill", "static"):
         chosen = _parser().parse_args([name])
         chosen.out, chosen.commit, chosen.command = options.out, options.commit, options.command
         try:
@@ -315,15 +339,6 @@ def _record(bench: str, found: Found, options: argparse.Namespace) -> None:
     report = Report(
         bench=bench, date=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=options.command,
         commit=commit, dirty=dirty, device=environment.device_facts(found.on_cpu), versions=environment.versions(),
-        ceilings=_rounded(found.ceilings), rows=_rounded(found.rows), summary=_rounded(found.summary), notes=found.notes)
+        ceilings=rounded(found.ceilings), rows=rounded(found.rows), summary=rounded(found.summary), notes=found.notes)
     show(report)
     progress(f"saved {report.save(options.out)}")
-
-
-def _rounded(value: Any) -> Any:
-    """Five digits are more than any of these measurements holds."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    return [_rounded(part) for part in value] if isinstance(value, list) else value

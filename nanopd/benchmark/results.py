@@ -50,13 +50,27 @@ class Report:
         return f"{self.device['name']}, {self.date[:10]}, {commit}"
 
     def save(self, folder: Path = RECORDED) -> Path:
-        """Write FOLDER/<device>/<bench>.json, whole or not at all."""
+        """Write FOLDER/<device>/<bench>.json."""
         path = folder / self.slug / f"{self.bench}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
         return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all, whatever happens meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def rounded(value: Any) -> Any:
+    """Five digits are more than any of these measurements holds."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list) else value
 
 
 def slug(name: str) -> str:

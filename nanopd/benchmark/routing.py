@@ -18,7 +18,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from nanopd.benchmark.open_loop import serve_open_loop
+from nanopd.benchmark.load import ClientRecord, Schedule, serve_cluster
 from nanopd.benchmark.show import progress
 from nanopd.cluster import Cluster
 from nanopd.config import SLO, CacheConfig, SchedulerConfig
@@ -132,7 +132,16 @@ def _measure(cluster: Cluster, case: Case, profile: Profile, turn: Turn) -> Summ
     if turn.mode == "adaptive":
         cluster.router = _router(case, profile.cost)
     with cluster.cast(roles) if turn.mode == "disaggregated" else nullcontext():
-        return turn.counted(serve_open_loop(cluster, turn.arrivals, turn.mode), case.slo)
+        return turn.counted(_served(cluster, turn), case.slo)
+
+
+def _served(cluster: Cluster, turn: Turn) -> list[ClientRecord]:
+    """All of them, or RuntimeError: what is compared with a simulation has to have been answered."""
+    records = serve_cluster(cluster, Schedule(turn.arrivals, 0.0, math.inf), turn.mode).records
+    for record in records:
+        if record.status != "completed":
+            raise RuntimeError(f"a request was {record.status}: {record.error}")
+    return records
 
 
 def _simulate(case: Case, cost: CostModel, turn: Turn) -> Summary:

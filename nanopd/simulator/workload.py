@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
 from nanopd.config import ConfigError
@@ -48,15 +49,28 @@ def poisson(rate: float, num_requests: int, lengths: Lengths, seed: int = 0) -> 
 
     `lengths(random)` draws (prompt_len, output_len) of one. Raises ConfigError for a rate or a number that is not above 0.
     """
-    if not (rate > 0 and math.isfinite(rate)):
-        raise ConfigError(f"rate is a number of requests a second above 0, got {rate!r}")
     if num_requests < 1:
         raise ConfigError(f"num_requests must be at least 1, got {num_requests!r}")
-    random, now, arrivals = Random(seed), 0.0, []
-    for _ in range(num_requests):
-        now += random.expovariate(rate)
-        arrivals.append(Arrival(now, *lengths(random)))
-    return arrivals
+    return list(islice(poisson_forever(rate, lengths, seed), num_requests))
+
+
+def poisson_forever(rate: float, lengths: Lengths, seed: int = 0, burstiness: float = 1.0) -> Iterator[Arrival]:
+    """Requests without end, `rate` a second on average. `burstiness` is the shape of the Gamma distribution of the gaps
+    between them: 1 for independent moments (Poisson), less for bursts, more for even gaps.
+
+    Raises ConfigError, at once, for a rate or a burstiness that is not above 0.
+    """
+    for name, value in (("rate is a number of requests a second", rate), ("burstiness is a number", burstiness)):
+        if not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"{name} above 0, got {value!r}")
+    return _arrivals(rate, lengths, Random(seed), burstiness)
+
+
+def _arrivals(rate: float, lengths: Lengths, random: Random, burstiness: float) -> Iterator[Arrival]:
+    now = 0.0
+    while True:
+        now += random.expovariate(rate) if burstiness == 1 else random.gammavariate(burstiness, 1 / (burstiness * rate))
+        yield Arrival(now, *lengths(random))
 
 
 def lengths(prompts: str = "mixed", outputs: str = "128") -> Lengths:

@@ -15,6 +15,7 @@ _PANELS: dict[str, str] = {
     "LiveServing": "live_serving",
     "Roofline": "roofline",
     "RoutingMicroscope": "routing_microscope",
+    "SweepExplorer": "sweep_explorer",
     "TransferTimes": "transfer_times",
 }  # class name -> module in this package
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from cost_model.models import MODEL
 
-from nanopd.benchmark.open_loop import Measured
+from nanopd.benchmark.load import ClientRecord
 from nanopd.benchmark.routing import (
     CASES,
     LEAST,
@@ -35,8 +35,8 @@ TURN = Turn("short", "0.6", 12.0, "adaptive", [Arrival(0.5 * number, 20, 3) for 
 
 def served(ttfts, tpot=0.05, mode="collocated"):
     """One request every half second, of three tokens each."""
-    return [Measured(0.5 * number, 0.5 * number, mode, [0.5 * number + ttft + tpot * token for token in range(3)])
-            for number, ttft in enumerate(ttfts)]
+    return [ClientRecord(0.5 * number, 16, 3, sent=0.5 * number, mode=mode,
+                         tokens=[0.5 * number + ttft + tpot * token for token in range(3)]) for number, ttft in enumerate(ttfts)]
 
 
 def test_what_comes_while_the_workers_are_warming_up_is_not_counted():

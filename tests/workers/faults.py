@@ -16,7 +16,7 @@ from random import Random
 import pytest
 import torch
 from torch import Tensor
-from workers.processes import children, is_alive, wait_until
+from workers.processes import children, is_alive, stop, wait_until
 
 from nanopd import Cluster
 from nanopd.core import FinishReason, Request
@@ -198,7 +198,7 @@ def stopped(run: Run, *worker_ids: str) -> Iterator[None]:
     """They do nothing meanwhile; who has been killed by then is gone."""
     pids = {run.pids[worker_id] for worker_id in worker_ids}
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
     try:
         yield
     finally:

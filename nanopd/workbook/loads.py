@@ -1,0 +1,114 @@
+"""What chapter 07 tries its loads on: a worker that is held for a while, simulated H200s, and three benchmarks with a fault each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from statistics import fmean
+
+from nanopd import Cluster
+from nanopd.benchmark.load import ClientRecord, Load, Schedule, serve_cluster
+from nanopd.config import SLO, CacheConfig, SchedulerConfig
+from nanopd.core import SamplingParams
+from nanopd.cost_model.presets import preset
+from nanopd.router.planner import WorkerSize
+from nanopd.router.policies import make_router
+from nanopd.simulator import ModelCosts, Served, Simulation
+
+PROFILE = "nvidia-h200/qwen3-8b"
+CACHE = CacheConfig(num_blocks=24_576, block_size=16, enable_prefix_caching=False)
+LIMITS = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=8192)
+PATIENT = 4  # requests that the client of `hold_back` has open at most
+FAULTS = {"holds_back": "B", "counts_the_warm_up": "C", "leaves_out_the_refused": "A"}  # who among the suspects has which
+
+# ------------------------------------------------------------------------------------------------- on the engine
+
+
+def hold(cluster: Cluster, after: float, seconds: float) -> None:
+    """Stop the first worker's process in `after` seconds, for so many seconds: what it was doing it goes on with then.
+
+    The cluster's workers have to have processes of their own (executor="process").
+    """
+    pid = next(iter(cluster.status().values())).pid
+    for delay, number in ((after, signal.SIGSTOP), (after + seconds, signal.SIGCONT)):
+        timer = threading.Timer(delay, _send, (pid, number))
+        timer.daemon = True
+        timer.start()
+
+
+def _send(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):  # it has ended
+        os.kill(pid, number)
+
+
+# ------------------------------------------------------------------------------------------------- simulated
+
+
+def simulate(schedule: Schedule, workers: Mapping[str, int], mode: str = "collocated", slo: SLO | None = None) -> list[Served]:
+    """The requests that count, on simulated H200s with Qwen3-8B: nothing here was measured on your machine. `slo`: what the
+    router of mode "adaptive" goes by."""
+    cost = preset(PROFILE).cost
+    size = WorkerSize(LIMITS.max_num_seqs, LIMITS.max_num_batched_tokens, CACHE.num_blocks * CACHE.block_size)
+    router = make_router("cost", cost, slo=slo, size=size) if mode == "adaptive" else None
+    simulation = Simulation(workers, mode, cost.shape, ModelCosts(cost), CACHE, LIMITS, router=router,
+                            latency=cost.message_seconds, runs_ahead=True)
+    arrivals = [replace(one, max_tokens=one.output_len) for one in schedule.arrivals]
+    return [one for one in simulation.run(arrivals).requests if schedule.begin <= one.arrival < schedule.end]
+
+
+# ------------------------------------------------------------------------------------------------- the suspects
+
+
+def suspects(cluster: Cluster, schedule: Schedule) -> dict[str, Load]:
+    """The schedule as an honest client serves it, and as three do whose benchmark has a fault: which one has which is for the
+    reader to find. The cluster should be offered more than it can take."""
+    honest = serve_cluster(cluster, schedule)
+    return {"honest": honest, "A": answered_only(honest), "B": hold_back(cluster, schedule), "C": from_the_start(honest)}
+
+
+def answered_only(load: Load) -> Load:
+    """Who was refused, or whose answer broke off, isn't there."""
+    return Load([record for record in load.records if record.status == "completed"], load.begin, load.end)
+
+
+def from_the_start(load: Load) -> Load:
+    """Those that came while the server was still empty count as well."""
+    return Load([replace(record, counts=record.arrival < load.end) for record in load.records], 0.0, load.end)
+
+
+def hold_back(cluster: Cluster, schedule: Schedule) -> Load:
+    """By a client that sends only while few of its requests are open, and whose clock starts when it sends."""
+    records = schedule.records()
+    unsent, open_ones = list(records), {}
+    start = time.monotonic()
+    while unsent or open_ones:
+        while unsent and len(open_ones) < PATIENT and unsent[0].arrival <= time.monotonic() - start:
+            record = unsent.pop(0)
+            record.arrival = record.sent = time.monotonic() - start
+            open_ones[_submit(cluster, record)] = record
+        for event in cluster.step(0.01):
+            record = open_ones[event.request_id]
+            record.tokens.append(event.time - start)
+            if event.finish_reason is not None:
+                open_ones.pop(event.request_id).end(event.time - start, "completed")
+    return Load(records, schedule.begin, schedule.end)
+
+
+def _submit(cluster: Cluster, record: ClientRecord) -> str:
+    params = SamplingParams(temperature=0, max_tokens=record.output_len, ignore_eos=True)
+    return cluster.submit({"prompt_token_ids": [300] * record.prompt_len}, params).request_id
+
+
+def in_parts(load: Load, number: int = 4) -> list[float | None]:
+    """Mean TTFT, in seconds, of those that were answered in each part of the window; None where nobody was."""
+    counted, width = load.counted, (load.until - load.begin) / number
+    parts: list[list[float]] = [[] for _ in range(number)]
+    for record in counted:
+        if record.status == "completed":
+            parts[min(int((record.arrival - load.begin) / width), number - 1)].append(record.ttft)
+    return [fmean(part) if part else None for part in parts]
