@@ -58,9 +58,9 @@ TABLE = {
     r"nanopd serve --model Qwen/.*": "downloads from the hub",
     r"nanopd serve": SERVES,
     r"curl .*": "is asked of that server",
-    r"python -m nanopd\.workbook\.gallery .*": NIGHTLY,  # a minute
     r"nanopd lab new .*": RUNS,
     r"nanopd lab release .*": NIGHTLY,
+    r"nanopd lab gallery .*": NIGHTLY,
     r"nanopd lab grade .*": "marks what somebody has handed in",
     r"docker run .* nanopd lab grade .*": "needs docker",
     r"vllm .*": "another project's",

@@ -77,6 +77,26 @@ def grade(
     raise typer.Exit(1 if unmarked else 0)
 
 
+@app.command()
+def gallery(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Made if it is not there.")],
+    more: MoreChapters = None,
+    lang: Annotated[Literal["en", "zh"] | None, typer.Option(help="Default: both languages.")] = None,
+    chapters: Chapters = None,
+    force: Annotated[bool, typer.Option("--force", help="Execute also what has not changed.")] = False,
+    commit: Annotated[str | None, typer.Option(help="The commit to record, where this copy has no .git.")] = None,
+) -> None:
+    """Execute chapters here and write them as static pages, solutions and figures included. Goes on where it was stopped."""
+    from nanopd.lab.books import LANGUAGES, notebooks
+
+    with plain_errors():
+        try:
+            from nanopd.workbook.gallery import run
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{error.name} is not installed: pip install 'nanopd[lab]'") from error
+    raise typer.Exit(run(directory, _together(chapters, more), (lang,) if lang else LANGUAGES, force, commit, notebooks()))
+
+
 def _together(chapters: list[str] | None, more: list[str] | None) -> list[str]:
     return [*(chapters or []), *(more or [])]
 
