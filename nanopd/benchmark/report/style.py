@@ -67,7 +67,8 @@ def advantage_map(figure: go.Figure, lead: list[list[float | None]], text: list[
     """A cell for each lead of disaggregated over collocated, from -1 to 1; None where there is nothing to compare."""
     figure.add_heatmap(x=list(range(len(lead[0]))), y=list(range(len(lead))), z=lead, text=text, texttemplate="%{text}",
                        zmin=-1, zmax=1, colorscale=DIVERGING,
-                       colorbar={"title": {"text": w("advantage"), "side": "right"}, "tickvals": [-1, 0, 1], "ticktext": ["−100%", "0", "+100%"]})
+                       colorbar={"title": {"text": w("advantage"), "side": "right"}, "tickvals": [-1, 0, 1],
+                                 "ticktext": ["−100%", "0", "+100%"]})
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False)
 
