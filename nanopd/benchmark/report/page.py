@@ -173,8 +173,9 @@ def _table(rows: Sequence[Comparison]) -> str:
 
 
 def _row(row: Comparison) -> str:
-    ours = f"{row.ours:,.4g} {row.unit}" if row.ours is not None else w("seed.none", command=escape(row.command))
+    ours = (f'<td class="number">{row.ours:,.4g} {row.unit}</td>' if row.ours is not None
+            else f'<td class="faint">{w("seed.none", command=escape(row.command))}</td>')
     ratio = "" if row.ratio is None else f"{row.ratio:.3g}×"
     sources = "<br>".join(escape(source) for source in (row.seed_source, row.our_source) if source)
-    return (f'<tr><td>{escape(row.what)}</td><td class="number">{row.seed:g} {row.unit}</td><td class="number">{ours}</td>'
+    return (f'<tr><td>{escape(row.what)}</td><td class="number">{row.seed:g} {row.unit}</td>{ours}'
             f'<td class="number">{ratio}</td><td class="faint">{sources}</td><td class="faint">{escape(row.differs)}</td></tr>')

@@ -72,7 +72,7 @@ def _device(run: RunRecord) -> str:
     if run.settings["mode"] == ENDPOINT:
         return run.device["name"]
     if run.device["kind"] == "cpu":
-        return f"CPU ({run.device['cpu']})"
+        return f"CPU ({run.device['cpu']}; {w('stamp.cpu')})"
     return f"{num_gpus(run)} × {run.device['name']}"
 
 

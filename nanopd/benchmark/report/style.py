@@ -30,17 +30,18 @@ def panels(rows: int, columns: int, titles: list[str], **options: Any) -> go.Fig
 
 def finish(figure: go.Figure, title: str, source: str, rows: int = 1, simulated: bool = False) -> go.Figure:
     """Give a figure its look, and the line that says where its numbers come from."""
+    title = title[:1].upper() + title[1:]
     stamp = f"{source} · <b>{w('stamp.simulated')}</b>" if simulated else source
     axis = {"gridcolor": GRID, "linecolor": FAINT, "zeroline": False, "tickfont_color": FAINT, "title_font_color": FAINT,
             "title_standoff": 6}
     figure.update_xaxes(axis)
-    figure.update_yaxes(axis, automargin=True)
+    figure.update_yaxes(axis, automargin=True, nticks=7)
     figure.update_annotations(font_size=13)
     head = HEAD_PX + (_legend_rows(figure) - 1) * LEGEND_ROW
     height = head + FOOT_PX + rows * PANEL_PX
     return figure.update_layout(
         title={"text": f"<b>{title}</b>", "subtitle": {"text": stamp, "font": {"size": 12, "color": FAINT}}, "font_size": 16,
-               "x": 0.01, "xanchor": "left", "y": 1 - 26 / height, "yanchor": "top", "yref": "container"},
+               "x": 0.01, "xanchor": "left", "y": 1 - 14 / height, "yanchor": "top", "yref": "container"},
         height=height, width=WIDTH, autosize=True, margin={"l": 66, "r": 24, "t": head, "b": FOOT_PX},
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1 - 66 / height, "yref": "container", "yanchor": "top"},
         font={"family": FONT, "color": INK, "size": 12}, paper_bgcolor=PAPER, plot_bgcolor=PAPER, bargap=0.25,
@@ -66,7 +67,8 @@ def advantage_map(figure: go.Figure, lead: list[list[float | None]], text: list[
     """A cell for each lead of disaggregated over collocated, from -1 to 1; None where there is nothing to compare."""
     figure.add_heatmap(x=list(range(len(lead[0]))), y=list(range(len(lead))), z=lead, text=text, texttemplate="%{text}",
                        zmin=-1, zmax=1, colorscale=DIVERGING,
-                       colorbar={"title": {"text": w("advantage")}, "tickvals": [-1, 0, 1], "ticktext": ["−100%", "0", "+100%"]})
+                       colorbar={"title": {"text": w("advantage"), "side": "right"}, "tickvals": [-1, 0, 1],
+                                 "ticktext": ["−100%", "0", "+100%"]})
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False)
 

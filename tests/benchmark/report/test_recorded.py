@@ -59,7 +59,7 @@ def test_transfers_beside_interference():
     dots = named(figure, f"transfer by {link.transport}, measured")[0]
     measured = {1e3 * row.seconds for row in profile.measurements.transfer if row.transport == link.transport}
     assert dots.y and set(dots.y) <= measured
-    held_up = named(figure, "8 decodes held up, summed")[0]
+    held_up = named(figure, "what 8 decode(s) wait, summed")[0]
     beside = cost.step_seconds(StepWork(512, 512 * 513 / 2, 8, 8 * 1024)) - cost.step_seconds(StepWork(0, 0, 8, 8 * 1024))
     assert held_up.y[3] == pytest.approx(1e3 * 8 * beside)
     assert held_up.y[-1] > held_up.y[0]

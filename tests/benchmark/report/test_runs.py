@@ -44,7 +44,7 @@ def test_the_source_says_device_date_commit_and_how_many(runs):
     assert source_of([replace(runs[0], dirty=True)]).endswith("commit abc1234 with changes, 1 runs")
     assert "no commit" in source_of([replace(runs[0], commit=None)])
     on_cpu = replace(runs[0], device={"kind": "cpu", "name": "cpu", "cpu": "Some CPU"})
-    assert "CPU (Some CPU)" in source_of([on_cpu])
+    assert "CPU (Some CPU; on a CPU to see that it works" in source_of([on_cpu])
 
 
 def test_a_peer_and_a_trace_stand_beside_the_modes(runs, tmp_path):
