@@ -280,8 +280,8 @@ def plan(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
              add_help_option=False)
 def bench(context: typer.Context) -> None:
-    """Measure kernels, decode, prefill, serve, scheduler, transfer, cluster or routing, or simulate a study of routing, and
-    record it: bench BENCHMARK --help."""
+    """Measure: kernels, decode, prefill, static, scheduler, transfer, cluster, routing; serve a load, of a cluster or an
+    endpoint; simulate a study of routing. See bench BENCHMARK --help."""
     from nanopd.benchmark.command import main as run
 
     raise typer.Exit(run(context.args))

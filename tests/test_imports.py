@@ -73,7 +73,8 @@ LAYERS = MAY_IMPORT | TOP
 
 NEEDS_NO_TORCH = ("core", "config", "messages", "metrics", "block_manager.pool", "block_manager.manager", "engine.scheduler",
                   "engine.engine", "workers.worker", "client", "cost_model", "router", "simulator", "simulator.plan", "benchmark.command",
-                  "benchmark.study", "doctor", "demo", "cli")
+                  "benchmark.load", "benchmark.load.endpoint", "benchmark.study", "benchmark.sweep", "benchmark.report",
+                  "doctor", "demo", "cli")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 FORBIDDEN_NAMES = {"sys.path", "torch.load", "torch.save"}
 

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nanopd.benchmark.load import command as load_command
 from nanopd.benchmark.results import RECORDED, Report, rounded
 from nanopd.benchmark.show import progress, show
 from nanopd.benchmark.sweep_command import add_parsers
@@ -95,11 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     prefill.add_argument("--model", default="qwen3-8b")
     prefill.add_argument("--tokens", nargs="+", type=_positive, help="prompt lengths")
 
-    serve = command("serve", _alone(_serve), "Many requests at once: tokens written a second.")
-    serve.add_argument("--model", default="qwen3-8b")
-    serve.add_argument("--sets", nargs="+", type=_set, metavar="NxFROM-TO", help="requests and their prompts, such as 48x64-256")
-    serve.add_argument("--output", type=_positive, default=128, help="tokens of each answer")
-    serve.add_argument("--peer", choices=("transformers",), help="the same requests through transformers' generate_batch")
+    static = command("static", _alone(_static), "Many requests at once: tokens written a second.")
+    static.add_argument("--model", default="qwen3-8b")
+    static.add_argument("--sets", nargs="+", type=_set, metavar="NxFROM-TO", help="requests and their prompts, such as 48x64-256")
+    static.add_argument("--output", type=_positive, default=128, help="tokens of each answer")
+    static.add_argument("--peer", choices=("transformers",), help="the same requests through transformers' generate_batch")
 
     scheduler = command("scheduler", _alone(_scheduler), "CPU time to plan a step and to take its result in. Needs no GPU.")
     scheduler.add_argument("--batches", nargs="+", type=_positive)
@@ -117,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes that work side by side")
     study.add_argument("--only", metavar="MIX", help="cells of this mix alone")
 
+    load_command.add_parser(commands)
     add_parsers(commands)
 
     command("all", _all, "All that need one GPU, what heats it last; about four minutes on an H200.")
@@ -190,8 +192,8 @@ def _prefill(options: argparse.Namespace) -> Found:
     return Found(measured, rows, {"startup": {options.model: start}}, [HOT])
 
 
-def _serve(options: argparse.Namespace) -> Found:
-    _require_gpu("serve")
+def _static(options: argparse.Namespace) -> Found:
+    _require_gpu("static")
     from nanopd.benchmark import ceilings, serving
 
     measured, sets = ceilings.measure(), options.sets or serving.SETS
@@ -251,7 +253,7 @@ def _all(options: argparse.Namespace) -> int:
     """One after the other, each saved when it is done. One that fails does not keep the others from running."""
     _require_gpu("all")
     failed = []
-    for name in ("scheduler", "kernels", "decode", "prefill", "serve"):
+    for name in ("scheduler", "kernels", "decode", "prefill", "static"):
         chosen = _parser().parse_args([name])
         chosen.out, chosen.commit, chosen.command = options.out, options.commit, options.command
         try:

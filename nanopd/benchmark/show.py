@@ -26,7 +26,7 @@ def show(report: Report) -> None:
         if same:
             print(f"\n{_cell(same)}")
         columns = [name for name in rows[0] if name not in same]
-        _print_table(columns, [[_cell(row.get(name)) for name in columns] for row in rows])
+        print_table(columns, [[_cell(row.get(name)) for name in columns] for row in rows])
     for name, value in report.summary.items():
         print(f"{name}: {_cell(value)}")
     for note in report.notes:
@@ -68,7 +68,8 @@ def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _print_table(columns: list[str], cells: list[list[str]]) -> None:
+def print_table(columns: list[str], cells: list[list[str]]) -> None:
+    """Rows of texts under their columns' names."""
     try:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console

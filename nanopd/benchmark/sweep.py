@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from nanopd.cluster import Cluster
 
 MODES = ("collocated", "disaggregated", "adaptive")
-DRAWN = 256  # requests by which the planner judges a workload
+DRAWN = 256  # requests, about, by which the planner judges a workload
 BLOCK_SIZE = 16
 PROFILE = "profile.json"  # in the sweep's folder, where the machine had to be measured
 
@@ -79,6 +78,12 @@ class Grid:
     rates: tuple[float, ...] = ()
     shares: tuple[float, ...] = ()
     device: str = "cuda"
+
+    def check(self) -> None:
+        """Raises ConfigError where a mode or a workload can't be, before anything is measured."""
+        self.ways()
+        for name in self.workloads:
+            workload(name)
 
     def ways(self) -> list[tuple[str, Topology]]:
         """Modes and topologies, as many GPUs in each. Raises ConfigError where they are not."""
@@ -156,7 +161,7 @@ def plan(grid: Grid, known: Known | None) -> list[RunSettings]:
 def _rates(grid: Grid, name: str, known: Known | None) -> list[float]:
     if known is None:
         raise ConfigError("shares of a capacity need a profile to estimate it by: give one, or rates")
-    best = max(rate for _, rate in Planner(known.profile.cost, grid.size, grid.base.slo).rank(grid.gpus, _mix(name)))
+    best = max(rate for _, rate in Planner(known.profile.cost, grid.size, grid.base.slo).rank(grid.gpus, _mix(grid.base, name)))
     if not best:
         slo = grid.base.slo
         raise ConfigError(f"shares of nothing: by the profile, {name!r} meets TTFT {slo.ttft:g} s and TPOT {slo.tpot:g} s at no rate; "
@@ -164,9 +169,10 @@ def _rates(grid: Grid, name: str, known: Known | None) -> list[float]:
     return [float(f"{share * best:.3g}") for share in grid.shares]
 
 
-def _mix(name: str) -> Mix:
-    draw, drawn = workload(name), random.Random(0)
-    return Mix(tuple(draw(drawn) for _ in range(DRAWN)))
+def _mix(base: RunSettings, name: str) -> Mix:
+    """A sample of a workload, as long as the workers take."""
+    sample = replace(base, workload=name, rate=1.0, warmup=0.0, window=float(DRAWN), tail=0.0, seed=0)
+    return Mix(tuple((one.prompt_len, one.output_len) for one in sample.schedule(base.max_model_len).arrivals))
 
 
 def span(cell: RunSettings) -> float:
@@ -191,7 +197,7 @@ class Pace:
             return 1.1 * span(cell)
         planner = Planner(self._cost, self._grid.size)
         split = Split(**{role: sum(each.role == role for each in Topology.parse(cell.topology).placements) for role in "CPD"})
-        capacity = max(planner.capacity(split, _mix(cell.workload)), 1e-3)
+        capacity = max(planner.capacity(split, _mix(cell, cell.workload)), 1e-3)
         return 1.0 + span(cell) * max(1.05, cell.rate / capacity)
 
     def took(self, cell: RunSettings, seconds: float) -> None:

@@ -101,11 +101,11 @@ def _sweep(options: argparse.Namespace) -> int:
         raise ValueError(f"--gpus is a number of at least 1, got {options.gpus}")
     case = CASES[options.device]
     grid, store = _grid(options, case), Store(options.out)
-    device = _require(grid) if not options.plan or options.device == "cpu" else None
+    grid.check()
     from nanopd.demo import one_thread
 
     with one_thread(grid.base.model == "tiny" and grid.device == "cpu"):
-        known = known_profile(grid, options.profile, options.out, device)
+        known = known_profile(grid, options.profile, options.out, _gpu(grid, options.plan))
         if known is None and needs_profile(grid):
             if options.plan:
                 raise ValueError("rates and adaptive mode follow from a profile of this machine, which a sweep without --plan "
@@ -136,18 +136,19 @@ def _run(cells: list[Any], store: Store, pace: Pace, known: Known | None, option
     return tally.exit_code
 
 
-def _require(grid: Grid) -> str | None:
-    """The device's name, if it is a GPU. Raises CannotMeasure where there are too few."""
+def _gpu(grid: Grid, is_plan: bool) -> str | None:
+    """Its name; None on the CPU, and where a plan is made on a machine without one. Raises CannotMeasure where there are too few."""
     if grid.device == "cpu":
         return None
     import torch
 
     from nanopd.benchmark.environment import CannotMeasure
 
-    if not torch.cuda.is_available() or torch.cuda.device_count() < grid.gpus:
-        raise CannotMeasure(f"`bench sweep` with --gpus {grid.gpus} needs as many CUDA devices, and torch sees "
-                            f"{torch.cuda.device_count()}; `nanopd bench sweep --device cpu` shows it on the CPU")
-    return torch.cuda.get_device_name()
+    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if number < grid.gpus and not is_plan:
+        raise CannotMeasure(f"`bench sweep` with --gpus {grid.gpus} needs as many CUDA devices, and torch sees {number}; "
+                            "`nanopd bench sweep --device cpu` shows it on the CPU")
+    return torch.cuda.get_device_name() if number else None
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -52,7 +52,7 @@ def test_kernels_on_a_cpu_time_the_reference(tmp_path, monkeypatch):
     assert row["us"] > 0
 
 
-@pytest.mark.parametrize("bench", ["kernels", "decode", "prefill", "serve", "all"])
+@pytest.mark.parametrize("bench", ["kernels", "decode", "prefill", "static", "all"])
 def test_what_needs_a_gpu_says_so(no_gpu, bench, tmp_path):
     result = run(bench, "--out", tmp_path)
     assert result.exit_code == 2
@@ -98,9 +98,9 @@ def test_study_of_a_mix_that_there_is_not(tmp_path):
     ((), "BENCHMARK"),
     (("nonsense",), "nonsense"),
     (("decode", "--cells", "16"), "BATCHxCONTEXT"),
-    (("serve", "--sets", "4x64-32"), "REQUESTSxFROM-TO"),
+    (("static", "--sets", "4x64-32"), "REQUESTSxFROM-TO"),
     (("scheduler", "--batches", "0"), "at least 1"),
-    (("serve", "--peer", "llama.cpp"), "transformers"),
+    (("static", "--peer", "llama.cpp"), "transformers"),
     (("study", "--jobs", "0"), "at least 1"),
     (("routing", "--device", "tpu"), "cuda"),
 ])
@@ -140,11 +140,11 @@ def test_all_goes_on_after_one_that_fails(monkeypatch, tmp_path, capsys):
         measure.__name__ = f"_{name}"
         return measure
 
-    for name in ("scheduler", "kernels", "decode", "prefill", "serve"):
+    for name in ("scheduler", "kernels", "decode", "prefill", "static"):
         monkeypatch.setattr(command, f"_{name}", fake(name))
     assert command.main(["all", "--out", str(tmp_path), "--commit", "abc"]) == 1
-    assert ran == ["scheduler", "kernels", "decode", "prefill", "serve"]
-    assert sorted(path.stem for path in tmp_path.rglob("*.json")) == ["decode", "prefill", "scheduler", "serve"]
+    assert ran == ["scheduler", "kernels", "decode", "prefill", "static"]
+    assert sorted(path.stem for path in tmp_path.rglob("*.json")) == ["decode", "prefill", "scheduler", "static"]
     assert load("decode", folder=tmp_path).commit == "abc"
     said = capsys.readouterr().err
     assert "a kernel broke" in said and "failed: kernels" in said

@@ -84,7 +84,7 @@ class _Driver:
         for request_id, (record, _) in self.open.items():
             self.cluster.cancel(request_id)
             record.end(self._now(), "failed", "the load was stopped")
-        return Load([record for record in self.records if record.sent is not None], self.schedule.begin, self.schedule.end)
+        return Load(self.records, self.schedule.begin, self.schedule.end).so_far(self._now())
 
     def _tell(self) -> None:
         now = self._now()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -76,8 +77,12 @@ class Load:
 
     @property
     def until(self) -> float:
-        """Where the window ends: with the last arrival, if nothing else ends it."""
-        return min(self.end, max((record.arrival for record in self.records), default=self.begin))
+        """Where the window ends: with the last arrival, where it has no end of its own."""
+        return self.end if math.isfinite(self.end) else max((record.arrival for record in self.records), default=self.begin)
+
+    def so_far(self, now: float) -> Load:
+        """What has been sent of it, when it is over before its time."""
+        return Load([record for record in self.records if record.sent is not None], self.begin, min(self.end, max(self.begin, now)))
 
 
 @dataclass(frozen=True)

@@ -12,31 +12,37 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from nanopd.benchmark.load.cluster import serve_cluster
 from nanopd.benchmark.load.metrics import load_metrics
 from nanopd.benchmark.load.record import PHASES, ClientRecord, Load, Tally
-from nanopd.benchmark.load.schedule import Schedule, poisson_schedule
-from nanopd.benchmark.load.workloads import workload
+from nanopd.benchmark.load.schedule import Schedule, poisson_schedule, trace_schedule
+from nanopd.benchmark.load.workloads import RECORDED, workload
 from nanopd.benchmark.results import rounded, write_whole
 from nanopd.config import SLO, ConfigError
+from nanopd.simulator.traces import read_trace
 from nanopd.simulator.workload import checked
 
 if TYPE_CHECKING:
     from nanopd.cluster import Cluster
 
 SCHEMA = 1
+OF_CLUSTER = ("topology", "mode", "executor", "transport", "dtype", "load_format", "max_num_seqs", "max_num_batched_tokens",
+              "kv_blocks", "profile")
+HERE = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """What is served by whom. Spans in seconds, bounds of the SLO in milliseconds, both or none.
 
-    Of the cluster, None leaves what `Cluster` does by default.
+    Of the cluster, None leaves what `Cluster` does by default. An `endpoint`, a URL, is served by a cluster of its own, of which
+    `model` is the name there.
     """
 
     model: str = "tiny"
@@ -52,10 +58,12 @@ class RunSettings:
     kv_blocks: int | None = None
     profile: str | None = None  # a file: what an adaptive cluster goes by
     workload: str = "short"
-    rate: float = 2.0  # requests a second
+    rate: float | None = None  # requests a second; of a trace None
     burstiness: float = 1.0
+    trace: str | None = None  # a file: its requests, as they came, instead of a workload at a rate
+    speed_up: float = 1.0  # how many times as fast the trace's requests come
     warmup: float = 2.0
-    window: float = 10.0
+    window: float | None = 10.0  # None: all of a trace
     tail: float = 0.0
     seed: int = 0
     slo_ttft_ms: float | None = None
@@ -70,11 +78,23 @@ class RunSettings:
         return None if self.slo_ttft_ms is None else SLO(self.slo_ttft_ms / 1e3, self.slo_tpot_ms / 1e3)
 
     def schedule(self, max_len: int) -> Schedule:
-        """The same for equal settings, whoever serves it. Raises ConfigError for what can't be, also for requests of more than
-        `max_len` tokens."""
-        made = poisson_schedule(self.rate, workload(self.workload), self.window, self.warmup, self.tail, self.seed, self.burstiness)
+        """The same for equal settings, whoever serves it. What was recorded is cut to `max_len` tokens, prompt and answer
+        together. Raises ConfigError for what can't be, also for other requests that are longer."""
+        made = self._poisson() if self.trace is None else self._replay(self.trace)
+        if self.trace is not None or self.workload in RECORDED:
+            made = made.cut_to(max_len)
         checked(made.arrivals, max_len)
         return made
+
+    def _poisson(self) -> Schedule:
+        if self.rate is None or self.window is None:
+            raise ConfigError("a workload comes at a rate, for a window: set both, or take a trace")
+        return poisson_schedule(self.rate, workload(self.workload), self.window, self.warmup, self.tail, self.seed, self.burstiness)
+
+    def _replay(self, path: str) -> Schedule:
+        if self.rate is not None:
+            raise ConfigError("a trace's requests come when they came: leave the rate out, and make it faster by speed_up")
+        return trace_schedule(read_trace(path).sped_up(self.speed_up), self.window, self.warmup, self.tail)
 
 
 @dataclass(frozen=True)
@@ -90,18 +110,20 @@ class RunRecord:
     commit: str | None  # None where it was not run from a checkout
     dirty: bool | None  # whether the checkout differed from the commit
     date: str  # ISO 8601, UTC
-    command: str
-    schema: int = field(default=SCHEMA)
+    command: str  # that was typed
+    num_cut: int = 0  # requests that are shorter than they were recorded, for more the server does not take
+    schema: int = SCHEMA
 
     @classmethod
-    def of(cls, settings: RunSettings, load: Load, device: dict[str, Any], command: str | None = None) -> RunRecord:
-        """`command`: what to type for the same run; default: what was typed."""
+    def of(cls, settings: RunSettings, load: Load, device: dict[str, Any], num_cut: int = 0) -> RunRecord:
         from nanopd.benchmark import environment
 
+        chosen = asdict(settings)
+        if settings.endpoint is not None:  # whoever serves there, it is not the cluster that these are about
+            chosen |= dict.fromkeys(OF_CLUSTER)
         commit, dirty = environment.commit()
-        return cls(asdict(settings), rounded(load_metrics(load, settings.slo)), _columns(load.counted), device,
-                   environment.versions(), commit, dirty, datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                   command or " ".join(sys.argv))
+        return cls(chosen, rounded(load_metrics(load, settings.slo)), _columns(load.counted), device, environment.versions(),
+                   commit, dirty, datetime.now(timezone.utc).isoformat(timespec="seconds"), " ".join(sys.argv), num_cut)
 
     def save(self, path: Path) -> None:
         write_whole(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
@@ -127,21 +149,46 @@ def open_cluster(settings: RunSettings) -> Cluster:
                    **{name: value for name, value in options.items() if value is not None})
 
 
-def run_on_cluster(settings: RunSettings, cluster: Cluster, progress: Callable[[Tally], None] | None = None,
-                   command: str | None = None) -> RunRecord:
+def run_on_cluster(settings: RunSettings, cluster: Cluster, progress: Callable[[Tally], None] | None = None) -> RunRecord:
     """Serve one setting on a cluster, which may have served others of the same topology; in the settings' mode.
 
-    Raises ConfigError where requests are longer than the cluster takes, and Stopped on Ctrl-C.
+    Raises:
+        ConfigError: it can't be; for example requests are longer than the cluster takes.
+        Stopped: on Ctrl-C, with the load as far as it went.
     """
     schedule = settings.schedule(cluster.limits.max_len)
     load = serve_cluster(cluster, schedule, settings.mode, settings.seed, progress)
-    return RunRecord.of(settings, load, device_of(cluster), command)
+    return RunRecord.of(settings, load, device_of(cluster), schedule.num_cut)
+
+
+def run_on_endpoint(settings: RunSettings, progress: Callable[[Tally], None] | None = None) -> RunRecord:
+    """Serve one setting on the server at `settings.endpoint`.
+
+    Raises:
+        ConfigError: it can't be.
+        EndpointError: the server does not answer, or not for this model.
+        Stopped: on Ctrl-C, with the load as far as it went.
+    """
+    from nanopd.benchmark.load.endpoint import find_form, serve_endpoint
+
+    schedule = settings.schedule(settings.max_model_len or sys.maxsize)
+    form = find_form(settings.endpoint, settings.model)
+    load = serve_endpoint(settings.endpoint, schedule, settings.model, form, settings.seed, progress=progress)
+    return RunRecord.of(settings, load, device_behind(settings.endpoint), schedule.num_cut)
 
 
 def device_of(cluster: Cluster) -> dict[str, Any]:
     from nanopd.benchmark import environment
 
     return environment.device_facts(on_cpu=cluster.topology.devices == ["cpu"])
+
+
+def device_behind(url: str) -> dict[str, Any]:
+    """This machine's, if the server is here; of others the client knows nothing but the name."""
+    from nanopd.benchmark import environment
+
+    host = urlsplit(url).hostname
+    return environment.device_facts() if host in HERE else {"kind": "remote", "name": host}
 
 
 def _columns(counted: Sequence[ClientRecord]) -> dict[str, list[Any]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from nanopd.benchmark.load.record import ClientRecord
 from nanopd.config import ConfigError
+from nanopd.simulator.traces import Trace
 from nanopd.simulator.workload import Arrival, Lengths, poisson_forever
 
 
@@ -20,10 +21,16 @@ class Schedule:
     arrivals: Sequence[Arrival]
     begin: float
     end: float
+    num_cut: int = 0  # of the requests are shorter than they were recorded
 
     def records(self) -> list[ClientRecord]:
         """One for each request, as nobody has sent any of them yet."""
         return [ClientRecord(one.time, one.prompt_len, one.output_len, self.begin <= one.time < self.end) for one in self.arrivals]
+
+    def cut_to(self, max_len: int) -> Schedule:
+        """So that prompt and answer have at most `max_len` tokens together, see `Trace.cut_to`."""
+        cut = Trace("a schedule", list(self.arrivals), self.num_cut).cut_to(max_len)
+        return replace(self, arrivals=cut.arrivals, num_cut=cut.num_cut)
 
 
 def poisson_schedule(rate: float, lengths: Lengths, window: float, warmup: float = 0.0, tail: float = 0.0, seed: int = 0,

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from nanopd.benchmark.load.run import RunRecord
 from nanopd.benchmark.report import recorded, sweeps
-from nanopd.benchmark.report.runs import chosen, load_runs, values_of, ways_of
+from nanopd.benchmark.report.runs import by_gpus, chosen, load_runs, values_of, ways_of
 from nanopd.benchmark.report.seed import Comparison, seed_table
 from nanopd.benchmark.report.svg import to_svg
 from nanopd.benchmark.report.words import w
@@ -91,35 +91,42 @@ def _recorded_runs(folder: Path) -> list[RunRecord]:
 
 def drawings(runs: Sequence[RunRecord], folder: Path) -> Iterator[Drawing]:
     """All figures there are, whether there are data for them or not."""
-    def of_runs(name: str, draw: Callable[[Sequence[RunRecord]], go.Figure]) -> Drawing:
-        def drawn() -> go.Figure:
-            if not runs:
-                raise sweeps.NoData("there are no runs")
-            return draw(runs)
-        return Drawing(name, drawn, SWEEP)
-
     def of_report(name: str, bench: str, draw: Callable[[Report], go.Figure]) -> Drawing:
         return Drawing(name, lambda: draw(load(bench, folder=folder)), f"nanopd bench {bench}")
 
-    yield of_runs("goodput", sweeps.goodput_figure)
-    yield of_runs("crossover", sweeps.crossover_figure)
+    groups = by_gpus(runs)
+    for number, those in groups.items():
+        yield from _of_runs(those, f"-{number}-gpus" if len(groups) > 1 else "")
     yield of_report("crossover-simulated", "study", recorded.study_crossover_figure)
-    for what in ("e2e", "ttft", "tpot"):
-        yield of_runs(f"latency-{what}", lambda runs, what=what: sweeps.latency_figure(runs, what))
-    yield of_runs("throughput", sweeps.throughput_figure)
-    yield of_runs("outcomes", sweeps.outcomes_figure)
-    for what in ("e2e", "ttft"):
-        yield of_runs(f"violin-{what}", lambda runs, what=what: sweeps.violin_figure(runs, what))
-    yield of_runs("ttft-by-length", sweeps.ttft_by_length_figure)
-    yield of_runs("routing-map", sweeps.routing_map_figure)
-    yield of_runs("breakdown", sweeps.breakdown_figure)
-    yield of_runs("regret", sweeps.regret_figure)
     yield of_report("regret-simulated", "study", recorded.study_regret_figure)
-    yield of_runs("timeline", lambda runs: sweeps.timeline_figure(_busiest(runs)))
     yield of_report("predicted", "routing", recorded.predicted_figure)
     yield of_report("lone-request", "cluster", recorded.lone_request_figure)
     yield Drawing("transfer-interference", lambda: recorded.transfer_interference_figure(preset(_first_preset())), "nanopd profile")
     yield of_report("decode-scaling", "decode", recorded.decode_scaling_figure)
+
+
+def _of_runs(runs: Sequence[RunRecord], suffix: str) -> Iterator[Drawing]:
+    """Of runs on as many GPUs."""
+    def drawing(name: str, draw: Callable[[Sequence[RunRecord]], go.Figure]) -> Drawing:
+        def drawn() -> go.Figure:
+            if not runs:
+                raise sweeps.NoData("there are no runs")
+            return draw(runs)
+        return Drawing(name + suffix, drawn, SWEEP)
+
+    yield drawing("goodput", sweeps.goodput_figure)
+    yield drawing("crossover", sweeps.crossover_figure)
+    for what in ("e2e", "ttft", "tpot"):
+        yield drawing(f"latency-{what}", lambda runs, what=what: sweeps.latency_figure(runs, what))
+    yield drawing("throughput", sweeps.throughput_figure)
+    yield drawing("outcomes", sweeps.outcomes_figure)
+    for what in ("e2e", "ttft"):
+        yield drawing(f"violin-{what}", lambda runs, what=what: sweeps.violin_figure(runs, what))
+    yield drawing("ttft-by-length", sweeps.ttft_by_length_figure)
+    yield drawing("routing-map", sweeps.routing_map_figure)
+    yield drawing("breakdown", sweeps.breakdown_figure)
+    yield drawing("regret", sweeps.regret_figure)
+    yield drawing("timeline", lambda runs: sweeps.timeline_figure(_busiest(runs)))
 
 
 def _busiest(runs: Sequence[RunRecord]) -> RunRecord:

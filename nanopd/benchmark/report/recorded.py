@@ -91,7 +91,7 @@ def transfer_interference_figure(profile: Profile) -> go.Figure:
     ms by its length, as fitted to a profile, and the transfers that were measured."""
     cost = profile.cost
     figure = panels(1, 1, [])
-    for number, link in enumerate({each.transport: each for each in cost.transfers}.values()):
+    for number, link in enumerate({each.transport: each for each in reversed(cost.transfers)}.values()):
         colour, name = (MODE_COLOURS["disaggregated"], *MORE_COLOURS)[number], w("sent", transport=link.transport)
         figure.add_scatter(x=LENGTHS, y=[MS * link.seconds(length * cost.shape.kv_bytes_per_token) for length in LENGTHS], mode="lines",
                            line={"color": colour, "width": 2.5}, name=name, legendgroup=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from nanopd.config import MODES, Topology
 from nanopd.metrics import quantile
 
 PROFILE = "profile.json"  # lies beside the cells that were made by it
+ENDPOINT = "endpoint"  # stands for the mode of a server of which no more is known
+WAYS = (*MODES, ENDPOINT)
 RESAMPLES = 400
 CONFIDENCE = 0.95
 NORMAL_95 = 1.96
@@ -39,11 +42,23 @@ class Band(NamedTuple):
 
 def load_runs(folder: str | Path) -> list[RunRecord]:
     """The finished cells of a sweep, in the order of mode, topology, workload, rate and seed. Raises FileNotFoundError for none."""
-    found = [RunRecord.load(path) for path in sorted(Path(folder).glob("*.json")) if path.name != PROFILE]
+    found = [_placed(RunRecord.load(path)) for path in sorted(Path(folder).glob("*.json")) if path.name != PROFILE]
     if not found:
         raise FileNotFoundError(f"no cells of a sweep in {folder}: make some with `nanopd bench sweep --out {folder}`")
-    return sorted(found, key=lambda run: (list(MODES).index(run.settings["mode"]), *(
+    return sorted(found, key=lambda run: (WAYS.index(run.settings["mode"]), *(
         run.settings[name] for name in ("topology", "workload", "rate", "seed"))))
+
+
+def _placed(run: RunRecord) -> RunRecord:
+    """With a way, a workload and a rate also where it was a server somewhere that answered, or a trace that was replayed."""
+    settings = dict(run.settings)
+    if settings["endpoint"] is not None:
+        settings |= {"mode": ENDPOINT, "topology": settings["endpoint"]}
+    if settings["trace"] is not None:
+        arrivals = run.requests["arrival"]
+        seconds = max(arrivals, default=0.0) - min(arrivals, default=0.0)
+        settings |= {"workload": Path(settings["trace"]).stem, "rate": float(f"{len(arrivals) / seconds:.3g}") if seconds else 0.0}
+    return replace(run, settings=settings)
 
 
 def source_of(runs: Sequence[RunRecord]) -> str:
@@ -54,9 +69,25 @@ def source_of(runs: Sequence[RunRecord]) -> str:
 
 
 def _device(run: RunRecord) -> str:
+    if run.settings["mode"] == ENDPOINT:
+        return run.device["name"]
     if run.device["kind"] == "cpu":
-        return f"CPU ({run.device['cpu']})"
-    return f"{len(Topology.parse(run.settings['topology']).devices)} × {run.device['name']}"
+        return f"CPU ({run.device['cpu']}; {w('stamp.cpu')})"
+    return f"{num_gpus(run)} × {run.device['name']}"
+
+
+def num_gpus(run: RunRecord) -> int | None:
+    """That served it; on the CPU each worker stands for one. None where that is not known."""
+    if run.settings["mode"] == ENDPOINT:
+        return None
+    topology = Topology.parse(run.settings["topology"])
+    return len(topology.placements if topology.devices == ["cpu"] else topology.devices)
+
+
+def by_gpus(runs: Sequence[RunRecord]) -> dict[int, list[RunRecord]]:
+    """Runs that can be compared; those of which the number is not known with all."""
+    numbers = sorted({number for run in runs if (number := num_gpus(run))}) or [0]
+    return {number: [run for run in runs if num_gpus(run) in (number, None)] for number in numbers}
 
 
 def _commit(run: RunRecord) -> str:
@@ -78,7 +109,7 @@ def way_of(run: RunRecord) -> Way:
 
 def ways_of(runs: Iterable[RunRecord]) -> list[Way]:
     """Each once, collocated first."""
-    return sorted({way_of(run) for run in runs}, key=lambda way: (list(MODES).index(way.mode), way.topology))
+    return sorted({way_of(run) for run in runs}, key=lambda way: (WAYS.index(way.mode), way.topology))
 
 
 def values_of(runs: Iterable[RunRecord], setting: str) -> list:
@@ -95,6 +126,8 @@ def chosen(runs: Iterable[RunRecord], way: Way | None = None, **settings: object
 def label_of(way: Way, ways: Sequence[Way]) -> str:
     """The mode's name; with the roles, where several ways are of this mode."""
     alike = [other for other in ways if other.mode == way.mode]
+    if way.mode == ENDPOINT:
+        return w("endpoint", url=way.topology)
     if len(alike) == 1:
         return w(way.mode)
     roles = Counter(placement.role for placement in Topology.parse(way.topology).placements)
@@ -103,7 +136,7 @@ def label_of(way: Way, ways: Sequence[Way]) -> str:
 
 def colour_of(way: Way, ways: Sequence[Way]) -> str:
     """The mode's; the second and third way of a mode have their own."""
-    extra = [other for mode in MODES for other in [each for each in ways if each.mode == mode][1:]]
+    extra = [other for mode in WAYS for other in [each for each in ways if each.mode == mode][mode in MODES:]]
     return MORE_COLOURS[extra.index(way) % len(MORE_COLOURS)] if way in extra else MODE_COLOURS[way.mode]
 
 

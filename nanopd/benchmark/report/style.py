@@ -30,6 +30,7 @@ def panels(rows: int, columns: int, titles: list[str], **options: Any) -> go.Fig
 
 def finish(figure: go.Figure, title: str, source: str, rows: int = 1, simulated: bool = False) -> go.Figure:
     """Give a figure its look, and the line that says where its numbers come from."""
+    title = title[:1].upper() + title[1:]
     stamp = f"{source} · <b>{w('stamp.simulated')}</b>" if simulated else source
     axis = {"gridcolor": GRID, "linecolor": FAINT, "zeroline": False, "tickfont_color": FAINT, "title_font_color": FAINT,
             "title_standoff": 6}

@@ -9,6 +9,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "collocated": ("collocated", "混部"),
     "disaggregated": ("disaggregated", "分离"),
     "adaptive": ("adaptive", "自适应"),
+    "endpoint": ("server at {url}", "服务器 {url}"),
     "none": ("no mode", "都不行"),
     # workloads
     "short": ("short prompts", "短提示"),
@@ -54,7 +55,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "slo": ("SLO", "SLO"),
     "seed_dot": ("one seed", "单个种子"),
     "median": ("median", "中位数"),
-    "beside": ("{decodes} decodes held up, summed", "拖住 {decodes} 条解码（合计）"),
+    "beside": ("what {decodes} decode(s) wait, summed", "拖住 {decodes} 条解码（合计）"),
     "sent": ("transfer by {transport}", "传输（{transport}）"),
     # titles
     "latency.title": ("{what} against rate: p50 and p99", "{what}随速率的变化：p50 与 p99"),
@@ -90,6 +91,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "stamp.commit": ("commit {commit}", "提交 {commit}"),
     "stamp.no_commit": ("no commit", "无提交号"),
     "stamp.hollow": ("hollow: the load was not steady", "空心：负载未达稳态"),
+    "stamp.cpu": ("on a CPU to see that it works; says nothing of GPUs", "在 CPU 上运行，只说明能用，不代表 GPU"),
     "stamp.runs": ("{runs} runs", "{runs} 次运行"),
     # the page
     "page.title": ("nanoPD: what was measured", "nanoPD：实测结果"),

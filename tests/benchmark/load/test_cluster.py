@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanopd.benchmark.load import Schedule, serve_cluster
+from nanopd.benchmark.load import Schedule, Stopped, serve_cluster
 from nanopd.benchmark.load import cluster as cluster_load
 from nanopd.benchmark.load.cluster import LONGEST_WAIT
 from nanopd.core import FinishReason, Overloaded, TokenEvent
@@ -25,6 +25,7 @@ class SlowCluster:
         self.now, self.delay, self.error = 1000.0, delay, error
         self.submitted, self.waits = [], []
         self.open, self.most_open = {}, 100
+        self.cancelled, self.interrupted_at = [], float("inf")
 
     def monotonic(self) -> float:
         return self.now
@@ -39,6 +40,8 @@ class SlowCluster:
 
     def step(self, timeout):
         self.waits.append(timeout)
+        if self.now >= self.interrupted_at:
+            raise KeyboardInterrupt
         self.now += STEP if self.open else timeout + 1e-6
         events = []
         for name, (begins, left) in list(self.open.items()):
@@ -50,7 +53,12 @@ class SlowCluster:
                     del self.open[name]
         return events
 
+    def cancel(self, name):
+        self.cancelled.append(name)
+
     def timeline(self, name):
+        if int(name) < len(self.submitted) - 1:
+            raise KeyError("timelines are kept of the latest request only")
         return SimpleNamespace(path=["C0"] if int(name) % 2 else ["P0", "D0"], jobs=[name], marks=[])
 
     def history(self, since):
@@ -110,3 +118,20 @@ def test_a_request_that_is_refused_is_dropped_and_the_others_go_on(slow):
     load = serve_cluster(cluster, Schedule([Arrival(0.0, 4, 3), Arrival(0.01, 4, 3), Arrival(1.0, 4, 3)], 0, 2))
     assert [one.status for one in load.records] == ["completed", "dropped", "completed"]
     assert load.records[1].error == "1 request is open" and not load.records[1].tokens
+
+
+def test_how_far_it_is_is_told_every_second(slow):
+    tallies = []
+    serve_cluster(slow(delay=2.5), SCHEDULE, progress=tallies.append)
+    assert [(int(tally.seconds), tally.sent, tally.open, tally.ended) for tally in tallies] == [(1, 10, 10, 0), (2, 10, 10, 0), (3, 10, 5, 5)]
+
+
+def test_ctrl_c_gives_what_there_is_and_leaves_nothing_open(slow):
+    cluster = slow(delay=0.25)
+    cluster.interrupted_at = 1000.5
+    with pytest.raises(Stopped) as stopped:
+        serve_cluster(cluster, SCHEDULE)
+    load = stopped.value.load
+    assert [one.status for one in load.records] == ["completed"] * 2 + ["failed"] * 4
+    assert load.records[-1].error == "the load was stopped" and cluster.cancelled == ["2", "3", "4", "5"]
+    assert (load.begin, load.end) == (0.2, pytest.approx(0.5, abs=2 * STEP))
