@@ -92,7 +92,7 @@ chromium-note:
 
 test: $(VENV)/.ready-test lint check-notebooks chromium-note
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Everything that a machine with a GPU can tell beyond `make test`: the engine's GPU tests, and every chapter on the GPU.
 test-gpu: $(VENV)/.ready-test

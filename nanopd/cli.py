@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import nanopd
+from nanopd.lab.command import app as lab
+from nanopd.terminal import plain_errors as _plain_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+app.add_typer(lab, name="lab")
 
 Model = Annotated[str, typer.Option(help="'tiny' (embedded), a local directory, or a Hugging Face name.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU if there is one.")]
@@ -277,6 +280,49 @@ def plan(
     plan.show(found, Console())
 
 
+@app.command()
+def serve(
+    model: Model = "tiny",
+    topology: Annotated[str | None, typer.Option(
+        help="Workers as ROLE:DEVICE, C (collocated), P (prefill) and D (decode): 'P:0 D:1'. Default: one C, on a GPU if there "
+             "is one.")] = None,
+    mode: Annotated[str | None, typer.Option(
+        help="collocated, disaggregated or adaptive. Default: the one that uses all the workers.")] = None,
+    executor: Annotated[str | None, typer.Option(
+        help="inline: one process; process: one for each GPU, or each worker on the CPU. Default: inline where there "
+             "is one device.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on. 127.0.0.1 is for this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free.")] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="NANOPD_API_KEY", help="Ask clients for this key.")] = None,
+    dtype: Dtype = None,
+    load_format: Annotated[str, typer.Option(help="auto: the checkpoint's weights; dummy: random ones.")] = "auto",
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Most sequences in a step.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a step.")] = 512,
+    max_queued: Annotated[int, typer.Option(min=1, help="Most prompts open at once; beyond, clients are told to come later.")] = 1024,
+    max_streams: Annotated[int, typer.Option(min=1, help="Most answers streamed at once.")] = 1024,
+    max_body: Annotated[int, typer.Option(min=1, help="Most bytes of a request.")] = 2 * 2**20,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds an answer may take. Default: as long as it takes.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Of `nanopd profile`, for mode adaptive. Default: measured now.")] = None,
+    slo_ttft: Annotated[float | None, typer.Option(help="Mode adaptive: the first token within so many ms; with --slo-tpot.")] = None,
+    slo_tpot: Annotated[float | None, typer.Option(help="Mode adaptive: each token after it within so many ms on average.")] = None,
+) -> None:
+    """Serve OpenAI's API: completions and chat, streaming, models, health and Prometheus metrics."""
+    from rich.console import Console
+
+    with _plain_errors():
+        try:
+            from nanopd.server import command
+            from nanopd.server.answering import ServerLimits
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{error.name} is not installed: pip install 'nanopd[serve]'") from error
+        command.serve(model, topology, mode, executor=executor, host=host, port=port, api_key=api_key, dtype=dtype,
+                      load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+                      max_num_batched_tokens=max_num_batched_tokens, max_queued=max_queued, profile=profile,
+                      slo=_slo(slo_ttft, slo_tpot), console=Console(),
+                      limits=ServerLimits(max_streams=max_streams, max_body=max_body, timeout=timeout))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
              add_help_option=False)
 def bench(context: typer.Context) -> None:
@@ -325,19 +371,6 @@ def _print_answers(llm: LLM, prompts: list[str], params: nanopd.SamplingParams, 
         if len(prompts) > 1:
             typer.secho(f"> {prompt}", bold=True)
         typer.echo(output.outputs[0].text)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What the user can put right is said in one line: bad options and requests, models that aren't there."""
-    try:
-        yield
-    except (ValueError, OSError) as error:  # ConfigError, InvalidRequest and ModelError are ValueErrors
-        typer.secho(f"nanopd: {error}", fg="red", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        typer.secho("nanopd: interrupted", err=True)
-        raise typer.Exit(130) from None
 
 
 if __name__ == "__main__":

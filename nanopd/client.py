@@ -23,6 +23,7 @@ from nanopd.core import (
 )
 from nanopd.engine.limits import Limits
 from nanopd.engine.output import OutputProcessor
+from nanopd.interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,11 +66,60 @@ class Stream:
         self._events.append(event)
 
 
+class PromptReader:
+    """What clients give as prompts becomes token ids. `tokenizer` may be None: then only token ids are taken."""
+
+    def __init__(self, tokenizer: Any | None) -> None:
+        self.tokenizer = tokenizer
+
+    def read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """The prompt's text, where there is one, and its token ids. Raises InvalidRequest for what is no prompt."""
+        if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
+            token_ids = prompt["prompt_token_ids"]
+            if not isinstance(token_ids, (list, tuple)):
+                raise InvalidRequest("prompt_token_ids must be a list of integers, "
+                                     f"got {type(token_ids).__name__}: {token_ids!r:.80}")
+            return prompt.get("prompt"), list(token_ids)
+        text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+        if not isinstance(text, str):
+            raise InvalidRequest('a prompt must be a text or {"prompt_token_ids": [...]}, '
+                                 f"got {type(prompt).__name__}: {prompt!r:.80}")
+        if self.tokenizer is None:
+            raise InvalidRequest('this model has no tokenizer: give the prompt as {"prompt_token_ids": [...]}')
+        return text, self._token_ids(text)
+
+    def read_chat(self, messages: Messages) -> tuple[str, list[int]]:
+        """A conversation in the model's chat template, and its token ids. Raises InvalidRequest for what is none."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise InvalidRequest("this model has no chat template: use generate() with a plain prompt")
+        for message in messages or [None]:
+            if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise InvalidRequest(f"a conversation is a list of {MESSAGE_FORM}; got {message!r:.80}")
+        text = self._apply_template(messages)
+        return text, self._token_ids(text, add_special_tokens=False)
+
+    def _apply_template(self, messages: Messages) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # some take no system message, or want roles in turn
+            raise InvalidRequest(f"the model's chat template does not take this conversation: {error}") from error
+
+    def _token_ids(self, text: str, **options: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the prompt is not valid Unicode text: {error}") from error
+        return self.tokenizer(text, **options)["input_ids"]
+
+
 class Client(ABC):
     """What `LLM` and `Cluster` share: prompts become requests, token events become text and outputs."""
 
     def __init__(self, tokenizer: Any | None, seed: int) -> None:
         self.tokenizer = tokenizer
+        self._reader = PromptReader(tokenizer)
         self._outputs = OutputProcessor(tokenizer)
         self._streams: dict[str, Stream] = {}
         self._request_ids = count()
@@ -100,18 +150,20 @@ class Client(ABC):
 
     def step(self) -> list[TokenEvent]:
         """Advance by one step. Returns the events of all requests; they also reach their streams."""
-        drawn = self._advance()
-        events, stopped = self._outputs.process(drawn)
-        for request_id, index in stopped:
-            self._stop_answer(request_id, index)
-        self._deliver(events)
+        with uninterrupted():  # but for the engine's own work, or what processes have said would be lost
+            drawn = self._advance()
+            events, stopped = self._outputs.process(drawn)
+            for request_id, index in stopped:
+                self._stop_answer(request_id, index)
+            self._deliver(events)
         return events
 
     def cancel(self, request_id: str) -> None:
         """End a request wherever it is. No effect on one that has ended."""
-        if request_id in self._outputs:
-            events, _ = self._outputs.process(self._cancel(request_id))
-            self._deliver(events)
+        with uninterrupted():
+            if request_id in self._outputs:
+                events, _ = self._outputs.process(self._cancel(request_id))
+                self._deliver(events)
 
     @property
     def has_work(self) -> bool:
@@ -158,7 +210,8 @@ class Client(ABC):
         if not isinstance(messages, list):
             raise InvalidRequest(f"messages must be a list of {MESSAGE_FORM}; got {messages!r:.80}")
         conversations = messages if isinstance(messages[0], list) else [messages]
-        prompts: list[Prompt] = [self._apply_chat_template(conversation) for conversation in conversations]
+        read = [self._reader.read_chat(conversation) for conversation in conversations]
+        prompts: list[Prompt] = [{"prompt": text, "prompt_token_ids": token_ids} for text, token_ids in read]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def beam_search(self, prompts: Prompt | list[Prompt], params: BeamSearchParams,
@@ -219,9 +272,10 @@ class Client(ABC):
     def _stop_answer(self, request_id: str, index: int) -> None: ...
 
     def _submit(self, request: Request, **options: Any) -> Stream:
-        self._start(request, **options)
-        self._outputs.add(request)
-        stream = self._streams[request.request_id] = Stream(self, request.request_id)
+        with uninterrupted():
+            self._start(request, **options)
+            self._outputs.add(request)
+            stream = self._streams[request.request_id] = Stream(self, request.request_id)
         return stream
 
     def _deliver(self, events: list[TokenEvent]) -> None:
@@ -233,7 +287,7 @@ class Client(ABC):
 
     def _make_request(self, prompt: Prompt, sampling: SamplingParams, beam: BeamSearchParams | None = None,
                       timeout: float | None = None) -> Request:
-        text, token_ids = self._tokenize(prompt)
+        text, token_ids = self._reader.read(prompt)
         if not isinstance(sampling, SamplingParams):
             raise InvalidRequest(f"sampling_params must be SamplingParams, got {type(sampling).__name__}: {sampling!r:.80}")
         if sampling.stop and self.tokenizer is None:
@@ -241,37 +295,6 @@ class Client(ABC):
         seed = sampling.seed if sampling.seed is not None else self._random.getrandbits(64)
         request = Request(str(next(self._request_ids)), token_ids, sampling, text, beam, seed=seed)
         return request if timeout is None else replace(request, deadline=request.arrival_time + _seconds(timeout))
-
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
-            token_ids = prompt["prompt_token_ids"]
-            if not isinstance(token_ids, (list, tuple)):
-                raise InvalidRequest("prompt_token_ids must be a list of integers, "
-                                     f"got {type(token_ids).__name__}: {token_ids!r:.80}")
-            return prompt.get("prompt"), list(token_ids)
-        text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
-        if not isinstance(text, str):
-            raise InvalidRequest('a prompt must be a text or {"prompt_token_ids": [...]}, '
-                                 f"got {type(prompt).__name__}: {prompt!r:.80}")
-        if self.tokenizer is None:
-            raise InvalidRequest('this model has no tokenizer: give the prompt as {"prompt_token_ids": [...]}')
-        return text, self._token_ids(text)
-
-    def _token_ids(self, text: str, **options: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"the prompt is not valid Unicode text: {error}") from error
-        return self.tokenizer(text, **options)["input_ids"]
-
-    def _apply_chat_template(self, messages: Messages) -> Prompt:
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise InvalidRequest("this model has no chat template: use generate() with a plain prompt")
-        for message in messages or [None]:
-            if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-                raise InvalidRequest(f"a conversation is a list of {MESSAGE_FORM}; got {message!r:.80}")
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return {"prompt": text, "prompt_token_ids": self._token_ids(text, add_special_tokens=False)}
 
 
 def _seconds(timeout: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from nanopd.cost_model.analytical import CostModel
 from nanopd.cost_model.profile import Profile
 from nanopd.engine.factory import EngineOptions, device_name, give_back_memory, resolve_device
 from nanopd.engine.limits import Limits
+from nanopd.interrupts import uninterrupted
 from nanopd.messages import History, LinkTimed, Status
 from nanopd.models.loader import load_spec, load_tokenizer, resolve_dtype
 from nanopd.router.central_scheduler import TIMELINES_KEPT, CentralScheduler
@@ -32,7 +33,6 @@ from nanopd.workers.host import HostSpec, build_workers
 from nanopd.workers.links import TRANSPORTS
 from nanopd.workers.process import ProcessExecutor
 from nanopd.workers.transfer import LocalTransport, Transport
-from nanopd.workers.wire import uninterrupted
 from nanopd.workers.worker import Worker
 
 EXECUTORS = ("inline", "process")
@@ -176,17 +176,12 @@ class Cluster(Client):
         """Advance. Returns the events of all requests, which also reach their streams; waits for some at most `timeout`
         seconds."""
         self._poll_for = timeout
-        with self._undivided():
-            return super().step()
-
-    def cancel(self, request_id: str) -> None:
-        with self._undivided():
-            super().cancel(request_id)
+        return super().step()
 
     def status(self) -> dict[str, Status]:
         """How each living worker is doing, by its id."""
         if self.executor == "process":  # what they have said since the last step may be about blocks to give back
-            with self._undivided():
+            with uninterrupted():
                 self._central.catch_up()
         return self._executor.status()
 
@@ -194,6 +189,11 @@ class Cluster(Client):
         """What each living worker has done lately, by its id: its steps, and the transfers that left it. Of that what began
         at `since` or later, on the monotonic clock."""
         return self._executor.history(since)
+
+    @property
+    def lack(self) -> str | None:
+        """Why nothing can be served any more: the workers that are lost. None as long as something can."""
+        return self._central.fleet.lack(self.mode)
 
     def set_role(self, worker_id: str, role: str) -> None:
         """Give a worker another role ("C", "P" or "D"), while requests flow: it ends what it has, and changes then.
@@ -223,7 +223,7 @@ class Cluster(Client):
             RuntimeError: it could not be measured; the message says why.
         """
         prompt = self._random.choices(range(self.limits.vocab_size), k=num_tokens)
-        with self._undivided():
+        with uninterrupted():
             job = self._central.time_link(source_id, destination_id, prompt)
         while job not in self._central.link_times:
             self.step()
@@ -249,19 +249,10 @@ class Cluster(Client):
             raise KeyError(f"no request {request_id!r}; timelines are kept of the last {TIMELINES_KEPT} requests")
         return self._central.timelines[request_id]
 
-    def _undivided(self) -> AbstractContextManager[None]:
-        """Ctrl-C waits until what processes have said is worked off: they do not say it again. Inline it may come at any
-        time, for nothing has been said before a step is over, and a step may take long."""
-        return uninterrupted() if self.executor == "process" else nullcontext()
-
     def _release(self) -> None:
         self._is_shut_down = True
         self._executor.close()
         give_back_memory()
-
-    def _submit(self, request: Request, **options: Any) -> Stream:
-        with self._undivided():
-            return super()._submit(request, **options)
 
     def _start(self, request: Request, mode: str | None = None) -> None:
         if self._is_shut_down:

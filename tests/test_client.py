@@ -7,7 +7,7 @@ import math
 import pytest
 from workers.fake_cluster import FakeCluster
 
-from nanopd.client import Client
+from nanopd.client import Client, PromptReader
 from nanopd.core import FinishReason, InvalidRequest, SamplingParams
 
 
@@ -76,3 +76,30 @@ def test_more_prompts_than_may_be_open_are_fed_in_as_others_end():
         outputs = client.generate([ids(1, number) for number in range(11)], SamplingParams(max_tokens=4), use_tqdm=False)
         assert [output.prompt_token_ids[1] for output in outputs] == list(range(11))
         assert all(output.finished and output.error is None for output in outputs)
+
+
+class PickyTokenizer:
+    """Its chat template takes no system message, as those of some models."""
+
+    chat_template = "there is one"
+
+    def apply_chat_template(self, messages, **options):
+        import jinja2
+
+        return jinja2.Template("{{ fail() }}").render(fail=self.fail) if messages[0]["role"] == "system" else "fine"
+
+    @staticmethod
+    def fail():
+        import jinja2
+
+        raise jinja2.TemplateError("System role not supported")
+
+    def __call__(self, text, **options):
+        return {"input_ids": [1]}
+
+
+def test_a_conversation_that_the_chat_template_does_not_take():
+    reader = PromptReader(PickyTokenizer())
+    assert reader.read_chat([{"role": "user", "content": "x"}]) == ("fine", [1])
+    with pytest.raises(InvalidRequest, match="does not take this conversation: System role not supported"):
+        reader.read_chat([{"role": "system", "content": "x"}])

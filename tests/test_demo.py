@@ -136,6 +136,7 @@ def test_all_modes_agree_and_are_right():
     assert len(told) == 7  # two of each mode, and what adaptive mode measures
 
 
+@pytest.mark.nightly
 def test_pipelines_of_processes_agree_too(monkeypatch):
     import nanopd.tiny
 

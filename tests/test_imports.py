@@ -17,7 +17,7 @@ PACKAGE = ROOT / "nanopd"
 
 # What each part may import of nanopd. A name stands for a module, or for a package and all in it; the longest
 # name that fits a module is the one that counts, and a part may always import itself.
-BASE = {"core", "config"}
+BASE = {"core", "config", "interrupts"}
 BLOCKS = BASE | {"block_manager.pool", "block_manager.manager"}
 SCHEDULING = BLOCKS | {"engine.beam", "engine.limits", "engine.speculative", "engine.scheduler"}
 TENSORS = BASE | {"paged_attention", "block_manager.cache"}
@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the nouns and the settings: nothing of ours
     "core": set(),
     "config": {"core"},
+    "interrupts": set(),
     "messages": BASE,
     "metrics": BASE,
     # bookkeeping without tensors
@@ -54,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the client's side: text, without tensors
     "client": BASE | {"engine.limits", "engine.output"},
 }
-EVERYTHING = {*MAY_IMPORT, "llm", "cluster", "benchmark", "widgets", "workbook", "doctor", "demo", "cli"}
+EVERYTHING = {*MAY_IMPORT, "llm", "cluster", "benchmark", "widgets", "workbook", "lab", "server", "doctor", "demo", "terminal", "cli"}
 
 # These sit on top: they may import anything, and only they import each other.
 TOP = {
@@ -64,6 +65,9 @@ TOP = {
     "benchmark": EVERYTHING - {"cli", "workbook"},
     "widgets": EVERYTHING - {"cli", "workbook"},
     "workbook": EVERYTHING - {"cli"},
+    "lab": EVERYTHING - {"cli"},
+    "server": EVERYTHING - {"cli", "benchmark", "widgets", "workbook", "lab"},
+    "terminal": set(),
     "doctor": EVERYTHING - {"cli"},
     "demo": EVERYTHING - {"cli"},
     "cli": EVERYTHING,
@@ -71,10 +75,10 @@ TOP = {
 }
 LAYERS = MAY_IMPORT | TOP
 
-NEEDS_NO_TORCH = ("core", "config", "messages", "metrics", "block_manager.pool", "block_manager.manager", "engine.scheduler",
+NEEDS_NO_TORCH = ("core", "config", "interrupts", "messages", "metrics", "block_manager.pool", "block_manager.manager", "engine.scheduler",
                   "engine.engine", "workers.worker", "client", "cost_model", "router", "simulator", "simulator.plan", "benchmark.command",
                   "benchmark.load", "benchmark.load.endpoint", "benchmark.study", "benchmark.sweep", "benchmark.report",
-                  "doctor", "demo", "cli")
+                  "doctor", "demo", "lab.command", "cli")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 FORBIDDEN_NAMES = {"sys.path", "torch.load", "torch.save"}
 

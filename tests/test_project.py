@@ -16,7 +16,7 @@ import nanopd
 
 ROOT = Path(__file__).parents[1]
 TWINS = [(ROOT / "README.md", ROOT / "docs_zh" / "README.md"),
-         (ROOT / "docs_en" / "CONTRIBUTING.md", ROOT / "docs_zh" / "CONTRIBUTING.md")]
+         *((ROOT / "docs_en" / name, ROOT / "docs_zh" / name) for name in ("CONTRIBUTING.md", "INSTRUCTOR.md", "SYLLABUS.md"))]
 PAGES = [page for pair in TWINS for page in pair]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
@@ -67,12 +67,28 @@ def test_the_wheel_holds_nothing_else(wheel):
     assert roots == {"nanopd", f"nanopd-{nanopd.__version__}.dist-info"}
 
 
+def test_the_wheel_holds_the_notebooks_and_copies_them(wheel, tmp_path):
+    archive = zipfile.ZipFile(wheel)
+    packed = {info.filename: info.compress_size for info in archive.infolist() if info.filename.startswith("nanopd/_notebooks/")}
+    built = {f"nanopd/_notebooks/{path.relative_to(ROOT / 'notebooks').as_posix()}"
+             for folder in ("en", "zh", "solutions") for path in (ROOT / "notebooks" / folder).rglob("*.ipynb")}
+    assert set(packed) == built, "the built notebooks, and no sources"
+    assert sum(packed.values()) < 1e6
+    archive.extractall(tmp_path / "installed")
+    ran = subprocess.run([sys.executable, "-m", "nanopd", "lab", "new", "set", "--lang", "zh", "--chapters", "01"], cwd=tmp_path,
+                         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")})
+    assert ran.returncode == 0, ran.stderr
+    copied = tmp_path / "set" / "zh" / "01_block_manager.ipynb"
+    assert copied.read_bytes() == archive.read("nanopd/_notebooks/zh/01_block_manager.ipynb")
+
+
 def test_the_wheel_s_metadata(wheel):
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
     (scripts,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/entry_points.txt"))
     for line in (f"Version: {nanopd.__version__}", "License-Expression: MIT", "Requires-Python: <3.14,>=3.10",
-                 "Provides-Extra: lab", "Provides-Extra: test"):
+                 "Provides-Extra: lab", "Provides-Extra: course",
+                 "Provides-Extra: test"):
         assert line in metadata
     assert "nanopd = nanopd.cli:app" in scripts
 
@@ -190,6 +206,16 @@ def test_the_readme_s_python_runs():
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("82\n")
     assert "P0 -> D0" in ran.stdout
+
+
+@pytest.mark.parametrize("page", TWINS[0], ids=by_path)
+def test_the_map_shows_every_package_and_nothing_else(page):
+    """All of nanopd/*/; of a package's own packages those that are named."""
+    first_cells = "".join(re.findall(r"^\| (`[^|]*) \|", text(page), re.MULTILINE))
+    named = set(re.findall(r"`(\w+(?:/\w+)*)/`", first_cells))
+    packages = {f"nanopd/{path.parent.name}" for path in (ROOT / "nanopd").glob("*/__init__.py")}
+    assert packages <= named
+    assert not [folder for folder in named if not (ROOT / folder).is_dir()]
 
 
 def test_chapters_said_to_be_there_are_there_and_no_others():

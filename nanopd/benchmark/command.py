@@ -29,6 +29,8 @@ OPEN = ("Poisson arrivals, sent whether or not earlier ones are answered; the ro
         "simulated: the same arrivals, by the profile measured at the start of the run")
 SIMULATED = ("simulated, not measured: the real schedulers and routers, with times by each hardware's profile or preset; goodput and "
              "attainment of requests after the warming up; a rate is the highest at which 90% of the requests met the SLO")
+PREFIXES = ("simulated, not measured: the real schedulers, caches and routers, with times by the hardware's preset; both routers "
+            "are the reference, and workers keep what they have computed either way")
 STEADY = "decode: wall time of engine.step() over consecutive steps; idle: outside of the steps' CUDA graphs"
 
 
@@ -117,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     study = command("study", _alone(_study), "Simulated: adaptive mode beside each fixed way to use as many workers. Needs no GPU.")
     study.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes that work side by side")
     study.add_argument("--only", metavar="MIX", help="cells of this mix alone")
+
+    prefixes = command("prefixes", _alone(_prefixes), "Simulated: what it is worth that the router knows who has computed what. "
+                                                      "Needs no GPU.")
+    prefixes.add_argument("--trace", type=Path, required=True, metavar="FILE", help="with prefixes: Mooncake's JSON lines")
+    prefixes.add_argument("--requests", type=_positive, default=2000, help="of the trace; default: the first %(default)s")
+    prefixes.add_argument("--speed-up", type=float, default=2.0, metavar="FACTOR", help="default: %(default)s times as fast")
 
     load_command.add_parser(commands)
     add_parsers(commands)
@@ -247,6 +255,17 @@ def _study(options: argparse.Namespace) -> Found:
         raise ValueError(f"no cell has the mix {options.only!r}; mixes are {'; '.join(dict.fromkeys(cell.mix for cell in study.CELLS))}")
     rows, summary = study.run(cells, options.jobs)
     return Found({}, rows, summary, [SIMULATED], on_cpu=True)
+
+
+def _prefixes(options: argparse.Namespace) -> Found:
+    from nanopd.benchmark import prefixes
+    from nanopd.simulator.traces import read_trace
+
+    trace = read_trace(options.trace).sped_up(options.speed_up).first(options.requests)
+    if not any(one.prefix for one in trace):
+        raise ValueError(f"the trace {options.trace} does not say which prompts begin alike (hash_ids): there is nothing to find")
+    rows, summary = prefixes.run(trace)
+    return Found({}, rows, summary, [PREFIXES], on_cpu=True)
 
 
 def _all(options: argparse.Namespace) -> int:

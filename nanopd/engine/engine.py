@@ -22,6 +22,7 @@ from nanopd.core import (
 )
 from nanopd.engine.limits import Limits
 from nanopd.engine.scheduler import Scheduler, Update
+from nanopd.interrupts import interruptible
 
 STEPS_KEPT = 4096
 OnLayer = Callable[[int], None]
@@ -90,7 +91,8 @@ class Engine:
         try:
             if step.draws and hasattr(self.runner, "launch"):
                 self.ahead = self._begin(self.scheduler.schedule_ahead(step.plan))
-            result = step.wait()
+            with interruptible():
+                result = step.wait()
         except Exception as error:  # whatever broke, the requests of this step get to know and the others go on
             return self._fail_step(step.plan, error)
         except BaseException:  # Ctrl-C: who is served on afterwards must not miss what this step would have written

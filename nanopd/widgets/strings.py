@@ -5,8 +5,9 @@ To add one, add a line `"panel.key": ("English {field}", "中文 {field}")`; bot
 (tests/workbook/test_strings.py holds that). Show it with `t("panel.key", field=3)`.
 
 The language is, in this order: what `set_language()` was given, the environment variable NANOPD_LANG, the
-innermost folder named `en` or `zh` on the path of the working directory (Jupyter starts a kernel in the
-notebook's folder, so notebooks/zh/*.ipynb speak Chinese), English.
+innermost folder named `en` or `zh`, or with such an ending (`01_block_manager_zh`, as a course's assignments are
+called), on the path of the working directory (Jupyter starts a kernel in the notebook's folder, so
+notebooks/zh/*.ipynb speak Chinese), English.
 """
 
 from __future__ import annotations
@@ -438,6 +439,44 @@ STRINGS: dict[str, tuple[str, str]] = {
     "transfers.by_layer": ("{transport}, layer by layer", "{transport}，逐层"),
     "transfers.blocks_axis": ("blocks sent at once", "一次发送的块数"),
     "transfers.rate_axis": ("GB/s", "GB/s"),
+    # score card of the capstone
+    "capstone.title": ("goodput of each router (simulated)", "各路由器的有效吞吐（仿真）"),
+    "capstone.goodput_axis": ("requests in time, a second", "每秒按时完成的请求数"),
+    "capstone.in_hindsight": ("in hindsight", "事后所知"),
+    "capstone.load.turn": ("chat, then documents", "先聊天，后文档"),
+    "capstone.load.bursts": ("bursts of documents", "成批涌来的文档"),
+    "capstone.load.library": ("questions about known documents", "围着同一批文档提问"),
+    "capstone.router.yours": ("yours", "你的"),
+    "capstone.router.reference": ("reference", "参考路由器"),
+    "capstone.router.told": ("reference, told the lengths", "参考路由器，预知长度"),
+    "capstone.router.collocated": ("always collocated", "总是混部"),
+    "capstone.router.disaggregated": ("always disaggregated", "总是分离"),
+    "capstone.router.threshold": ("threshold of 512", "512 一刀切"),
+    "capstone.router.round-robin": ("taking turns", "两条路轮流"),
+    "capstone.column.router": ("router", "路由器"),
+    "capstone.column.goodput": ("goodput/s", "有效吞吐/秒"),
+    "capstone.column.attainment": ("in time", "按时"),
+    "capstone.column.ttft": ("TTFT p50 / p99 ms", "TTFT p50 / p99 毫秒"),
+    "capstone.column.tpot": ("TPOT p50 / p99 ms", "TPOT p50 / p99 毫秒"),
+    "capstone.column.e2e": ("E2E p50 / p99 ms", "端到端 p50 / p99 毫秒"),
+    "capstone.column.disaggregated": ("P -> D", "P -> D"),
+    "capstone.column.microseconds": ("µs a choice", "微秒/次"),
+    "capstone.score": (
+        "Yours serves {ratio} of what the reference serves in time, and at least {fixed} of the best fixed policy of each trace.\n"
+        "Regret against hindsight {regret}. Rank {rank} of {count}.",
+        "你的路由器按时完成的请求，是参考路由器的 {ratio}；跟每份负载上最好的固定策略比，最低 {fixed}。\n"
+        "对事后所知的遗憾值 {regret}。在 {count} 个里排第 {rank}。",
+    ),
+    "capstone.hindsight": (
+        "Hindsight is the best that any router here reached on the trace, one that was told all lengths among them: it can be had, "
+        "and is no proof that no more can.",
+        "“事后所知”取这份负载上所有路由器（包括预知全部长度的那个）的最好成绩：它确实做得到，但并不证明不能更好。",
+    ),
+    "capstone.simulated": (
+        "Simulated by the profile of an H200; only the microseconds were measured, on this machine, and count for nothing.",
+        "按 H200 的测量数据仿真；只有微秒数是在这台机器上实测的，不计分。",
+    ),
+    "capstone.failed": ("Yours did not finish: {error}", "你的路由器没能跑完：{error}"),
     # batch timeline
     "timeline.prefill": ("prefill", "预填充"),
     "timeline.decode": ("decode", "解码"),
@@ -467,6 +506,22 @@ STRINGS: dict[str, tuple[str, str]] = {
     "timeline.was_preempted": ("; preempted: {names}", "；被抢占：{names}"),
     "timeline.preempted_at": ("{request} is sent back to wait", "{request} 被抢占，回到等待队列"),
     "timeline.row_was": ("{new} new tokens after {cached} in the cache", "缓存中已有 {cached} 个 token，新算 {new} 个"),
+    # the gallery's pages
+    "gallery.title": ("The workbook, executed", "练习册：运行结果"),
+    "gallery.about": (
+        "Chapters with their solutions, as they ran on the machine named beside each. Panels are pictures here: as they "
+        "are once all cells have run, and what is played step by step after its last step.",
+        "各章附解答，在右侧注明的机器上运行。面板在这里是静态图，取自全部单元格运行完之后；逐步播放的面板取最后一步。",
+    ),
+    "gallery.stamp": ("Executed on {device}, commit {commit}, {date}", "运行于 {device}，commit {commit}，{date}"),
+    "gallery.with_changes": (" with changes", "（另有未提交的改动）"),
+    "gallery.no_commit": ("unknown", "未知"),
+    "gallery.solved": (
+        "This page holds the solutions. To try first, open the notebook in JupyterLab (make lab).",
+        "本页含解答。想先自己动手，请在 JupyterLab 里打开 notebook（make lab）。",
+    ),
+    "gallery.index": ("All chapters", "全部章节"),
+    "gallery.language": ("English", "中文"),
 }
 
 _chosen: str | None = None  # by set_language(); one per process, as a page has one reader
@@ -487,7 +542,8 @@ def current_language() -> str:
     named = os.environ.get("NANOPD_LANG", "").strip().lower()[:2]  # "zh", and "zh_CN.UTF-8" as well
     if named in LANGUAGES:
         return named
-    return next((part for part in reversed(Path.cwd().parts) if part in LANGUAGES), "en")
+    endings = (part.rpartition("_")[2] for part in reversed(Path.cwd().parts))
+    return next((ending for ending in endings if ending in LANGUAGES), "en")
 
 
 def pick(en: str, zh: str) -> str:

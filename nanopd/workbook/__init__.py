@@ -1,4 +1,5 @@
-'''The workbook: what builds its notebooks (`builder`, `source`), what its cells call (`predict`, `check`).
+'''The workbook: what builds its notebooks (`builder`, `source`), what its cells call (`predict`, `check`), and what shows
+them executed (`gallery`).
 
 Writing a chapter
 -----------------
@@ -47,6 +48,6 @@ The builder never writes over a notebook that somebody has worked in (unless giv
 Running it
 ----------
 Jupyter starts a kernel in its notebook's folder, and by that folder's name, `en` or `zh`, code knows what to
-speak; NANOPD_LANG=zh says otherwise. NANOPD_STRICT_CHECKS=1 makes a failed check raise: set it for CI, and for
-`nbgrader autograde`, which takes a check cell without an error as solved.
+speak; NANOPD_LANG=zh says otherwise. A failed check raises under NANOPD_STRICT_CHECKS=1, which CI sets, and where
+nbgrader grades or validates, for it takes a check cell without an error as solved.
 '''

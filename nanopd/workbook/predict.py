@@ -112,14 +112,14 @@ def _show(value: Any) -> str:
 
 def _table(rows: list[tuple[str, ...]]) -> str:
     """Columns padded to their widest entry: names and verdicts to the left, numbers to the right."""
-    widths = [max(_width(row[column]) for row in rows) for column in range(4)]
+    widths = [max(columns(row[column]) for row in rows) for column in range(4)]
     lines = []
     for name, guess, measured, verdict in rows:
-        padding = [" " * (width - _width(text)) for width, text in zip(widths, (name, guess, measured))]
+        padding = [" " * (width - columns(text)) for width, text in zip(widths, (name, guess, measured))]
         lines.append(f"  {name}{padding[0]}  {padding[1]}{guess}  {padding[2]}{measured}   {verdict}".rstrip())
     return "\n".join(lines)
 
 
-def _width(text: str) -> int:
+def columns(text: str) -> int:
     """Columns on screen: a Chinese character takes two."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)

@@ -19,6 +19,8 @@ from nanopd.simulator import Arrival, ModelCosts, Result, Simulation
 
 PROFILE = "nvidia-h200/qwen3-8b"
 CHUNK = 2048  # tokens a step
+CACHE = CacheConfig(num_blocks=16_384, block_size=16)
+SCHEDULER = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=CHUNK, max_model_len=16_384)
 WORKERS = {"C": 4, "P": 1, "D": 1}
 SEEN = ("worker_id", "role", "device", "queued", "queued_since", "running", "seats", "free_seats", "free_tokens",
         "sending_tokens", "prompts_per_second", "cached_tokens")  # what a view shows, but for is_open
@@ -32,8 +34,7 @@ def reference(**options: object) -> CostRouter:
 def simulate(router: Router, load: Sequence[Arrival], workers: Mapping[str, int] = WORKERS) -> tuple[Simulation, Result]:
     """Serve a load with a router, and return the simulation too: `simulation.central.explain(request_id)`."""
     cost = preset(PROFILE).cost
-    simulation = Simulation(workers, "adaptive", cost.shape, ModelCosts(cost), CacheConfig(num_blocks=16_384, block_size=16),
-                            SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=CHUNK, max_model_len=16_384), router=router)
+    simulation = Simulation(workers, "adaptive", cost.shape, ModelCosts(cost), CACHE, SCHEDULER, router=router)
     return simulation, simulation.run(load)
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import nanopd
 from nanopd.engine.limits import Limits
+from nanopd.interrupts import uninterrupted
 from nanopd.messages import AskHistory, AskStatus, FromWorker, History, Lost, Ping, Pong, Status, ToWorker
 from nanopd.workers.host import Failed, Forget, FromHost, HostSpec, Learn, Ready, Stop, ToHost
-from nanopd.workers.wire import Wire, uninterrupted, wait_for
+from nanopd.workers.wire import Wire, wait_for
 
 PING_AFTER = 5.0  # seconds of silence
 WATCH_EVERY = 1.0  # seconds, at most, between two looks at who is silent

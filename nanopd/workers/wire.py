@@ -6,18 +6,16 @@ They are Python objects, pickled: both ends run this code, and what comes in was
 from __future__ import annotations
 
 import select
-import signal
 import socket
 import struct
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+from nanopd.interrupts import uninterrupted
+
 LENGTH = struct.Struct("!Q")
 PIECE = 2**18  # bytes for the socket at a time
-_is_held_back = False  # Ctrl-C, by the main thread
 
 
 class Wire:
@@ -118,26 +116,3 @@ def wait_for_end(wire: Wire) -> None:
     poll.register(wire, select.POLLHUP)
     while not any(event & select.POLLHUP for _, event in poll.poll()):
         pass
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C is held back until the block is over: half a message sent, or received and lost, would be the last."""
-    global _is_held_back
-    if _is_held_back or threading.current_thread() is not threading.main_thread():
-        yield  # a block within another is on every message's way, and to ask for a handler takes as long as to send it
-        return
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before):
-        yield
-        return
-    held_back: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *arguments: held_back.append(arguments))
-    _is_held_back = True
-    try:
-        yield
-    finally:
-        _is_held_back = False
-        signal.signal(signal.SIGINT, before)
-        if held_back:
-            before(*held_back[0])

@@ -79,7 +79,8 @@ def test_a_panel_fills_its_cell_whatever_its_width(open_notebook, write_notebook
     notebook.assert_quiet()
 
 
-@pytest.mark.parametrize(("lang", "word"), [("en", "Block pool"), ("zh", "块池")])
+@pytest.mark.parametrize(("lang", "word"), [
+    ("en", "Block pool"), pytest.param("zh", "块池", marks=pytest.mark.nightly)])
 def test_the_block_map_of_chapter_01_steps(open_notebook, lang, word):
     notebook = open_notebook(f"solutions/{lang}/01_block_manager.ipynb")
     notebook.run_all()
@@ -93,7 +94,8 @@ def test_the_block_map_of_chapter_01_steps(open_notebook, lang, word):
 
 
 @pytest.mark.parametrize(("lang", "chapter", "code"), [
-    ("en", "00_start_here", "widgets.BatchTimeline({"), ("zh", "02_engine", "widgets.BatchTimeline(llm")])
+    ("en", "00_start_here", "widgets.BatchTimeline({"),
+    pytest.param("zh", "02_engine", "widgets.BatchTimeline(llm", marks=pytest.mark.nightly)])
 def test_a_batch_timeline_goes_back(open_notebook, lang, chapter, code):
     notebook = open_notebook(f"solutions/{lang}/{chapter}.ipynb")
     notebook.run_all()

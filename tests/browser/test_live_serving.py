@@ -24,6 +24,15 @@ def decisions(panel) -> int:
     return panel.evaluate(NUM_DECISIONS)
 
 
+def start(open_notebook, write_notebook, lang: str):
+    """A notebook whose panel serves, with nothing to do yet."""
+    notebook = open_notebook(write_notebook(f"{lang}/live.ipynb", PANEL, ASK))
+    notebook.run_all()
+    notebook.panel("widgets.LiveServing(").wait_for_selector(".nanopd-start").click()
+    notebook.wait_until(lambda: "running True" in notebook.run_cell("live.driver.load"), "it does not run")
+    return notebook, notebook.panel("widgets.LiveServing(")
+
+
 def seconds_to_a_decision(notebook, panel) -> float:
     """With nothing to do: from the moment that the rate is moved up, until the page shows a decision."""
     notebook.page.wait_for_timeout(1500)
@@ -38,19 +47,20 @@ def seconds_to_a_decision(notebook, panel) -> float:
     return elapsed
 
 
+@pytest.mark.nightly  # on a machine that does nothing else
+def test_a_decision_appears_within_a_second(open_notebook, write_notebook):
+    notebook, panel = start(open_notebook, write_notebook, "en")
+    assert any(seconds_to_a_decision(notebook, panel) < 1 for _ in range(3)), "decisions are more than a second late"
+
+
 @pytest.mark.parametrize("lang", ["en", pytest.param("zh", marks=pytest.mark.nightly)])
 def test_it_serves_while_page_and_kernel_stay_alive(open_notebook, write_notebook, lang):
-    notebook = open_notebook(write_notebook(f"{lang}/live.ipynb", PANEL, ASK))
-    notebook.run_all()
-    panel = notebook.panel("widgets.LiveServing(")
-    panel.wait_for_selector(".nanopd-start").click()
-    notebook.wait_until(lambda: "running True" in notebook.run_cell("live.driver.load"), "it does not run")
-    panel = notebook.panel("widgets.LiveServing(")
-    assert any(seconds_to_a_decision(notebook, panel) < 1 for _ in range(3)), "decisions are more than a second late"
+    notebook, panel = start(open_notebook, write_notebook, lang)
     panel.wait_for_selector(RATE).press("End")
     notebook.wait_until(lambda: decisions(panel) >= 5, "no decisions appeared")
+    notebook.wait_until(lambda: "load 20.0" in notebook.run_cell("live.driver.load"), "the slider does not reach the kernel")
     said = notebook.run_cell("live.driver.load")
-    assert "load 20.0" in said and "running True" in said, f"the kernel answers while it serves, and the slider got there: {said}"
+    assert "running True" in said, f"it has stopped, though the kernel answers: {said}"
     panel = notebook.panel("widgets.LiveServing(")
     notebook.screenshot(f"live-{lang}")
     panel.wait_for_selector(".nanopd-stop").click()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
+from contextlib import ExitStack
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -253,6 +259,32 @@ def test_interrupted_generate_leaves_nothing_behind(step, after, model, prompts,
     clean(llm)
     llm.engine.runner = runner
     assert tokens_of(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected_of(model, prompts)
+
+
+@pytest.mark.parametrize("call", [5, 15])
+@pytest.mark.parametrize("method", ["allocate", "append_slot", "fork", "free", "commit"])
+@pytest.mark.parametrize("kind", ["llm", "cluster"])
+def test_ctrl_c_while_something_is_noted_down(kind, method, call, model, prompts, make_llm, make_cluster, clean):
+    """A signal, as it comes from a terminal, within the planning of a step or the taking in of its result."""
+    client = (make_llm if kind == "llm" else make_cluster)(model, block_size=4, prefill_chunk_size=8, max_num_seqs=4)
+    engines = [client.engine] if kind == "llm" else [worker.engine for worker in client.workers.values()]
+    countdown = itertools.count(call, -1)
+    with ExitStack() as patches:
+        for manager in (engine.scheduler.manager for engine in engines):
+            patches.enter_context(patch.object(manager, method, _interrupted(getattr(manager, method), countdown)))
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                client.generate(prompts, SamplingParams(n=3, seed=3, temperature=1.5, max_tokens=9, ignore_eos=True), use_tqdm=False)
+    clean(client)
+    assert tokens_of(client.generate(prompts, GREEDY, use_tqdm=False)) == expected_of(model, prompts)
+
+
+def _interrupted(method, countdown):
+    def call(*arguments, **options):
+        if next(countdown) == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return method(*arguments, **options)
+    return call
 
 
 @pytest.mark.parametrize("step", range(8))

@@ -17,7 +17,8 @@ from nanopd.workbook.predict import predict
 
 @pytest.fixture(autouse=True, params=["en", "zh"])
 def language(request, monkeypatch):
-    monkeypatch.delenv("NANOPD_STRICT_CHECKS", raising=False)
+    for variable in ("NANOPD_STRICT_CHECKS", "NBGRADER_EXECUTION"):
+        monkeypatch.delenv(variable, raising=False)
     set_language(request.param)
     yield request.param
     set_language(None)
@@ -170,9 +171,10 @@ def test_html_escapes_what_the_learner_wrote():
     assert "<script>" not in check("01.4", theirs)._repr_html_()
 
 
+@pytest.mark.parametrize("variable, value", [("NANOPD_STRICT_CHECKS", "1"), ("NBGRADER_EXECUTION", "autograde")])
 @pytest.mark.parametrize("theirs", [drops_the_copies, is_a_stub])
-def test_strict_raises(monkeypatch, theirs):
-    monkeypatch.setenv("NANOPD_STRICT_CHECKS", "1")
+def test_strict_raises(monkeypatch, theirs, variable, value):
+    monkeypatch.setenv(variable, value)
     with pytest.raises(CheckFailed, match=r"01\.4"):
         check("01.4", theirs)
     assert check("01.4", append_slot)

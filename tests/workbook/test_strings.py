@@ -53,7 +53,10 @@ def test_an_unknown_language_is_refused():
     ("notebooks/en", "en"),
     ("notebooks/solutions/zh", "zh"),
     ("zh/somebody/notebooks/en", "en"),  # the innermost counts
+    ("course/release/01_block_manager_zh", "zh"),
+    ("zh/course/release/01_block_manager_en", "en"),
     ("elsewhere", "en"),
+    ("zh_cn_notes", "en"),
 ])
 def test_the_folder_tells_the_language(tmp_path, monkeypatch, folder, expected):
     (tmp_path / folder).mkdir(parents=True)

@@ -16,7 +16,7 @@ from random import Random
 import pytest
 import torch
 from torch import Tensor
-from workers.processes import children, is_alive, wait_until
+from workers.processes import children, is_alive, stop, wait_until
 
 from nanopd import Cluster
 from nanopd.core import FinishReason, Request
@@ -198,7 +198,7 @@ def stopped(run: Run, *worker_ids: str) -> Iterator[None]:
     """They do nothing meanwhile; who has been killed by then is gone."""
     pids = {run.pids[worker_id] for worker_id in worker_ids}
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
     try:
         yield
     finally:
@@ -235,7 +235,7 @@ def forget_prefixes(cluster: Cluster) -> None:
 
 def _prompts(cluster: Cluster, load: Load) -> list[list[int]]:
     """Token ids of each."""
-    return [cluster._tokenize(prompt)[1] for prompt, _ in load.asked]
+    return [cluster._reader.read(prompt)[1] for prompt, _ in load.asked]
 
 
 def workers_of(cluster: Cluster, role: str) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
 
 def _stat(pid):
-    """Fields of /proc/PID/stat from the state on; None where there is no such process."""
+    """Fields of /proc/PID/stat from the state on; None where there is no such process. A thread is PID/task/ID."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -24,6 +25,13 @@ def children(pid=None):
 def is_alive(pid):
     """There is such a process, and it is no zombie."""
     return (_stat(pid) or "Z")[0] != "Z"
+
+
+def stop(pid):
+    """With all of its threads: the signal alone lets the others go on until one of them has taken it."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = [f"{pid}/task/{task}" for task in os.listdir(f"/proc/{pid}/task")]
+    assert wait_until(lambda: all((_stat(task) or "Z")[0] in "TZ" for task in tasks))
 
 
 def cpu_seconds(pid):

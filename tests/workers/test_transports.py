@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from workers.far_end import GLOO, LAYERS, Handle, fill, leftovers, make_cache
+from workers.processes import stop
 from workers.serving import MIX, assert_nothing_leaked, assert_tokens_equal_reference, serve_mix
 
 from nanopd.block_manager.cache import KVCache
@@ -184,7 +185,7 @@ def test_a_peers_send_is_a_fixed_number_of_operations(pair):
 def test_open_tickets_fail_when_the_receiver_is_killed(pair, transport):
     near, far = pair(transport)
     assert near.send("D0", range(LAYERS), [0], [0]).wait(20)
-    far.kill(signal.SIGSTOP)
+    stop(far.process.pid)
     tickets = [near.send("D0", range(LAYERS), [0, 1, 2], [3, 4, 5]) for _ in range(50)]  # many times the slots
     assert not tickets[-1].wait(0.1)
     far.kill(signal.SIGKILL)
@@ -252,7 +253,7 @@ def test_nothing_is_written_after_a_killed_sender_is_forgotten(pair, transport, 
 def test_close_with_sends_under_way_ends_their_tickets(pair, transport):
     near, far = pair(transport)
     near.send("D0", range(LAYERS), [0], [0]).wait()
-    far.kill(signal.SIGSTOP)
+    stop(far.process.pid)
     tickets = [near.send("D0", range(LAYERS), [0, 1, 2], [3, 4, 5]) for _ in range(50)]
     near.links.close()
     with pytest.raises(TransferError):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import threading
 from multiprocessing.connection import wait
 
 import pytest
 
-from nanopd.workers.wire import Wire, uninterrupted, wait_for, wait_for_room
+from nanopd.workers.wire import Wire, wait_for, wait_for_room
 
 BIG = 8 * 2**20  # bytes: far more than a socket holds
 
@@ -96,13 +94,3 @@ def test_an_end_that_goes_in_the_middle_of_a_message(ends):
     here.close()
     with pytest.raises(EOFError):
         there.receive()
-
-
-def test_ctrl_c_waits_for_the_end_of_the_block():
-    reached = []
-    with pytest.raises(KeyboardInterrupt):
-        with uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
-            reached.append("the end")
-    assert reached == ["the end"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -67,7 +67,8 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rate", type=float, metavar="R", help=f"requests a second; default: {RATE:g}")
     group.add_argument("--burstiness", type=float, default=1.0, metavar="SHAPE",
                        help="1: Poisson; below: in bursts; above: more even (shape of the Gamma distribution of the gaps)")
-    group.add_argument("--warmup", type=float, default=RunSettings.warmup, metavar="S", help="seconds that do not count; default: %(default)g")
+    group.add_argument("--warmup", type=float, default=RunSettings.warmup, metavar="S",
+                       help="seconds whose requests do not count; default: %(default)g")
     group.add_argument("--window", type=float, metavar="S",
                        help=f"seconds after them whose requests count; default: {RunSettings.window:g}, or all of a trace")
     group.add_argument("--tail", type=float, default=0.0, metavar="S", help="seconds in which requests go on to come; default: 0")
@@ -96,9 +97,7 @@ def run(options: argparse.Namespace) -> int:
         record = _on_endpoint(settings, line) if settings.endpoint else _on_cluster(settings, line)
     except Stopped as stopped:
         line.end()
-        show(RunRecord.of(settings, stopped.load, {}))
-        print("stopped: these are the requests sent by then; those that were still open count as failed. Nothing was saved",
-              file=sys.stderr)
+        _show_stopped(RunRecord.of(settings, stopped.load, {}))
         return 130
     line.end()
     record = replace(record, command=options.command, **({"commit": options.commit, "dirty": None} if options.commit else {}))
@@ -107,6 +106,14 @@ def run(options: argparse.Namespace) -> int:
         record.save(options.out)
         progress(f"saved {options.out}")
     return 0
+
+
+def _show_stopped(record: RunRecord) -> None:
+    if not record.requests["arrival"]:
+        print("stopped before a request came that counts", file=sys.stderr)
+        return
+    show(record)
+    print("stopped: these are the requests sent by then; those that were still open count as failed. Nothing was saved", file=sys.stderr)
 
 
 def settings_of(options: argparse.Namespace) -> RunSettings:

@@ -11,17 +11,17 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
 
+from nanopd.benchmark.load.http import HttpError, post
 from nanopd.benchmark.load.prompts import prompts
 from nanopd.benchmark.load.record import ClientRecord, Load, Stopped, Tally
 from nanopd.benchmark.load.schedule import Schedule
 
 API_KEY = "OPENAI_API_KEY"  # the environment variable that holds it, for servers that want one
 REFUSED = (429, 503)  # what a server answers that has too much to do
-CONNECT_WITHIN = 10.0  # seconds
 WORDS = tuple("one two three four five six seven eight nine ten red blue green black white big small old new good".split())
 
 
@@ -76,15 +76,13 @@ def find_form(url: str, model: str) -> PromptForm:
 
 async def _find_form(client: _Client) -> PromptForm:
     said = []
-    async with client:
-        for form in FORMS:
-            probe = ClientRecord(0.0, 2, 1)
-            try:
-                await client.ask(probe, form.of(np.array([0, form.num_words - 1])), lambda: 0.0)
-            except (_Refused, _Failed) as error:
-                said.append(str(error))
-            else:
-                return form
+    for form in FORMS:
+        try:
+            await client.ask(ClientRecord(0.0, 2, 1), form.of(np.array([0, form.num_words - 1])), lambda: 0.0)
+        except (_Refused, _Failed) as error:
+            said.append(str(error))
+        else:
+            return form
     raise EndpointError(f"{client.url} does not answer for the model {client.model!r}: {'; '.join(dict.fromkeys(said))}")
 
 
@@ -122,19 +120,17 @@ class _Driver:
         self.num_sent = self.num_ended = 0
 
     async def run(self) -> None:
-        telling, tasks = None, set()
-        async with self.client:
-            self.start = time.monotonic()
-            telling = asyncio.create_task(self._tell())
-            try:
-                for record, token_ids in zip(self.records, self.prompts):
-                    await asyncio.sleep(record.arrival - self._now())
-                    tasks.add(asyncio.create_task(self._send(record, token_ids)))
-                await asyncio.gather(*tasks)
-            finally:
-                for task in (telling, *tasks):
-                    task.cancel()
-                await asyncio.gather(telling, *tasks, return_exceptions=True)
+        self.start = time.monotonic()
+        tasks = [asyncio.create_task(self._tell())]
+        try:
+            for record, token_ids in zip(self.records, self.prompts):
+                await asyncio.sleep(record.arrival - self._now())
+                tasks.append(asyncio.create_task(self._send(record, token_ids)))
+            await asyncio.gather(*tasks[1:])
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def so_far(self) -> Load:
         return Load(self.records, self.schedule.begin, self.schedule.end).so_far(self._now())
@@ -169,16 +165,8 @@ class _Client:
 
     def __init__(self, url: str, model: str, timeout: float) -> None:
         self.url, self.model, self.timeout = completions_url(url), model, timeout
-
-    async def __aenter__(self) -> _Client:
         key = os.environ.get(API_KEY)
-        self._http = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=httpx.Timeout(None, connect=CONNECT_WITHIN),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))  # a server may close one as it is taken again
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._http.aclose()
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     async def ask(self, record: ClientRecord, prompt: list[int] | str, now: Callable[[], float]) -> None:
         """Ends the record where all goes well. Raises _Refused or _Failed."""
@@ -186,22 +174,24 @@ class _Client:
             await asyncio.wait_for(self._stream(record, prompt, now), self.timeout)
         except asyncio.TimeoutError:
             raise _Failed(f"no end within {self.timeout:g} s") from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise _Failed(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
+        except HttpError as error:
+            raise _Failed(str(error)) from None
 
     async def _stream(self, record: ClientRecord, prompt: list[int] | str, now: Callable[[], float]) -> None:
         body = {"model": self.model, "prompt": prompt, "max_tokens": record.output_len, "temperature": 0, "ignore_eos": True,
                 "stream": True, "stream_options": {"include_usage": True}}
-        async with self._http.stream("POST", self.url, json=body) as response:
-            if response.status_code != 200:
-                words = f"HTTP {response.status_code}: {_words(await response.aread())}"
-                raise _Refused(words) if response.status_code in REFUSED else _Failed(words)
-            await _read(_events(response.aiter_bytes()), record, now)
+        async with post(self.url, self._headers, json.dumps(body).encode()) as answer:
+            if answer.status != 200:
+                words = f"HTTP {answer.status}: {_words(b''.join([piece async for piece in answer.pieces]))}"
+                raise _Refused(words) if answer.status in REFUSED else _Failed(words)
+            await _read(_events(answer.pieces), record, now)
         record.end(now(), "completed")
 
 
 def completions_url(url: str) -> str:
-    """Of "http://host:8000", also with /v1 or all of the path."""
+    """Of "http://host:8000", also with /v1 or all of the path. Raises EndpointError where it is no URL."""
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        raise EndpointError(f"an endpoint is a URL such as http://localhost:8000, got {url!r}")
     base = url.rstrip("/").removesuffix("/completions").removesuffix("/v1")
     return f"{base}/v1/completions"
 

@@ -12,7 +12,7 @@ from typing import Any
 from nanopd import Cluster, SamplingParams
 from nanopd.cost_model.analytical import StepWork
 from nanopd.router.length_predictor import BayesianLengthPredictor, Belief, Evidence
-from nanopd.router.routing import Decision, Question
+from nanopd.router.routing import Decision, Question, Router
 from nanopd.simulator import Result
 from nanopd.workbook import routing
 from nanopd.workbook.check import exercise, say
@@ -91,12 +91,17 @@ def check_it_avoids_a_long_queue(theirs: Callable[..., Decision | None]) -> None
 @exercise("06.5", hint_en="The engine asks with the same question and the same kind of workers; return a Decision with a Route.",
           hint_zh="引擎给的是同样的问题和同样的 Worker；返回一个带 Route 的 Decision。")
 def check_the_engine_runs_with_it(theirs: Callable[..., Decision | None]) -> None:
+    run_in_the_engine(_Theirs(theirs))
+
+
+def run_in_the_engine(router: Router) -> None:
+    """Six requests in an adaptive cluster. Raises AssertionError where one fails, or is answered otherwise than collocated."""
     prompts = [{"prompt_token_ids": list(range(200 + number, 230 + 40 * number))} for number in range(6)]
     greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     options = dict(dtype="float32", num_gpu_blocks_override=256)
     with Cluster("tiny", "C:cpu", "collocated", **options) as cluster:
         expected = [output.outputs[0].token_ids for output in cluster.generate(prompts, greedy, use_tqdm=False)]
-    with Cluster("tiny", "C:cpu P:cpu D:cpu", "adaptive", router=_Theirs(theirs), **options) as cluster:
+    with Cluster("tiny", "C:cpu P:cpu D:cpu", "adaptive", router=router, **options) as cluster:
         streams = [cluster.submit(prompt, greedy, timeout=PATIENCE) for prompt in prompts]  # a router may say None for ever
         outputs = [stream.result() for stream in streams]
         errors = [output.error for output in outputs if output.error]

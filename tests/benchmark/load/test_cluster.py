@@ -123,7 +123,8 @@ def test_a_request_that_is_refused_is_dropped_and_the_others_go_on(slow):
 def test_how_far_it_is_is_told_every_second(slow):
     tallies = []
     serve_cluster(slow(delay=2.5), SCHEDULE, progress=tallies.append)
-    assert [(int(tally.seconds), tally.sent, tally.open, tally.ended) for tally in tallies] == [(1, 10, 10, 0), (2, 10, 10, 0), (3, 10, 5, 5)]
+    assert [int(tally.seconds) for tally in tallies] == [1, 2, 3]
+    assert [(tally.sent, tally.open, tally.ended) for tally in tallies] == [(10, 10, 0), (10, 10, 0), (10, 5, 5)]
 
 
 def test_ctrl_c_gives_what_there_is_and_leaves_nothing_open(slow):

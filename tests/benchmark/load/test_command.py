@@ -48,8 +48,8 @@ def test_defaults(monkeypatch):
 
 def test_options_become_settings(tmp_path):
     path = tmp_path / "trace.csv"
-    assert settings("--workload", "mooncake", "--model", "qwen3-8b", "--topology", "P:0 D:1", "--mode", "disaggregated", "--burstiness", 0.5,
-                    "--tail", 3, "--kv-blocks", 100) == RunSettings(
+    assert settings("--workload", "mooncake", "--model", "qwen3-8b", "--topology", "P:0 D:1", "--mode", "disaggregated",
+                    "--burstiness", 0.5, "--tail", 3, "--kv-blocks", 100) == RunSettings(
         model="qwen3-8b", topology="P:0 D:1", mode="disaggregated", workload="mooncake", rate=command.RATE, burstiness=0.5, tail=3.0,
         kv_blocks=100)
     of_trace = settings("--trace", path, "--speed-up", 4, "--topology", "C:cpu")
@@ -98,6 +98,16 @@ def test_ctrl_c_shows_what_there_is_and_saves_nothing(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_before_there_is_anything(monkeypatch):
+    def interrupted(chosen, line):
+        raise Stopped(Load([], 2.0, 2.0))
+
+    monkeypatch.setattr(command, "_on_cluster", interrupted)
+    result = run(*QUICK)
+    assert result.exit_code == 130
+    assert "stopped before a request came that counts" in result.output and "first token" not in result.output
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_how_far_it_is(monkeypatch, capsys, is_terminal):
     """Each second on a terminal, always in the same line; every ten seconds elsewhere."""
@@ -112,9 +122,8 @@ def test_how_far_it_is(monkeypatch, capsys, is_terminal):
 
 
 def test_what_ought_to_be_known_of_the_figures_is_said(capsys):
-    load = Load([ClientRecord(0.0, 10, 4, sent=0.0, ended=2.0, status="completed", mode="collocated", tokens=[1.0, 2.0], num_reported=4),
-                 ClientRecord(0.0, 10, 4, sent=0.0, ended=2.0, status="completed", mode="disaggregated", tokens=[1.0, 2.0], num_reported=4)],
-                0.0, 3.0)
+    load = Load([ClientRecord(0.0, 10, 4, sent=0.0, ended=2.0, status="completed", mode=mode, tokens=[1.0, 2.0], num_reported=4)
+                 for mode in ("collocated", "disaggregated")], 0.0, 3.0)
     command.show(RunRecord.of(RunSettings(rate=1.0), load, {}, num_cut=2))
     said = capsys.readouterr().out
     for text in ("2 requests were cut", "4 of 8 tokens came in a piece with another one", "collocated 50%, disaggregated 50%"):

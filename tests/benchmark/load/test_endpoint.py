@@ -84,7 +84,7 @@ def serving(answer):
 
 
 def event(text="x", reason=None, **more):
-    return f"data: {json.dumps({'choices': [{'text': text, 'finish_reason': reason}], **more})}\n\n"
+    return f"data: {json.dumps({'choices': [{'text': text, 'finish_reason': reason}], **more}, ensure_ascii=False)}\n\n"
 
 
 def usage(number):
@@ -147,6 +147,12 @@ def test_urls(url):
     assert completions_url(url) == "http://a:8000/v1/completions"
 
 
+@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://a", "http://"])
+def test_what_is_no_url(url):
+    with pytest.raises(EndpointError, match="an endpoint is a URL such as http://localhost:8000"):
+        find_form(url, "some-model")
+
+
 @pytest.mark.parametrize("takes, form", [(lambda prompt: True, 0), (lambda prompt: max(prompt) < 1664, 1),
                                          (lambda prompt: isinstance(prompt, str), 2)])
 def test_how_a_server_takes_prompts_is_found_out(takes, form):
@@ -198,7 +204,7 @@ def test_how_far_it_is_is_told():
         await good(body, write, delay=1.2)
 
     served(slow, at(0.0, 0.1, 1.4), progress=tallies.append)
-    assert [(tally.total, tally.sent, tally.open, tally.ended) for tally in tallies][0] == (3, 2, 2, 0)
+    assert tallies[0].seconds >= 1 and tallies[0].total == 3 and tallies[0].sent >= 2
 
 
 def test_ctrl_c_gives_what_there_is():
@@ -255,7 +261,7 @@ def test_a_dead_server():
     with serving(good) as (_, url):
         pass
     one, two = serve_endpoint(url, at(0.0, 0.1), "some-model").records
-    assert one.status == two.status == "failed" and "ConnectError" in one.error
+    assert one.status == two.status == "failed" and one.error.startswith("no connection: ")
 
 
 @pytest.mark.parametrize("pieces, says", [
@@ -265,8 +271,10 @@ def test_a_dead_server():
     ([HEAD, "data: 7\n\n"], "no JSON object"),
     ([HEAD, "data: [DONE]\n\n"], "broke off after 0 pieces"),
     ([HEAD, event("", "stop"), "data: [DONE]\n\n"], "no tokens"),
-    (["HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "5\r\ndata:"], "RemoteProtocolError"),
-    ([], "RemoteProtocolError"),
+    (["HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "5\r\ndata"], "the connection broke off: 4 bytes read"),
+    (["HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "data: {}"], "the connection broke off"),
+    (["SSH-2.0-server\r\n\r\n"], "this is no HTTP/1.1: 'SSH-2.0-server'"),
+    ([], "the connection broke off: 0 bytes read"),
 ])
 def test_streams_that_break_are_failures(pieces, says):
     async def cut(body, write):
@@ -280,7 +288,7 @@ def test_streams_that_break_are_failures(pieces, says):
 @pytest.mark.parametrize("stream", [
     event() + event() + event("", "length"),  # the end on its own, and neither usage nor [DONE]
     (event() + event() + event("", "length") + usage(2) + "data: [DONE]\n\n").replace("\n", "\r\n").replace("data: ", "data:"),
-    ": hello\n\nevent: message\nid: 7\n" + event("", None) + ": still there\n\n" + event("x\u2028y", "length") + "data:\n\ndata: [DONE]\n\n",
+    ": hello\n\nevent: message\nid: 7\n" + event("", None) + ": still there\n\n" + event("\u2028", "length") + "data:\n\ndata: [DONE]\n\n",
     event() + f"data: {json.dumps({'choices': [{'text': 'x', 'finish_reason': 'length'}], 'usage': {'completion_tokens': 2}})}\n\n",
     event(usage=None) + event(reason="length", usage={"completion_tokens": 2}, error=None),
 ])
@@ -295,6 +303,18 @@ def test_streams_that_are_written_otherwise(stream, at_once):
             await asyncio.sleep(0)
 
     _, (one,) = served(other)
+    assert (one.status, one.num_tokens, len(one.tokens)) == ("completed", 2, 2)
+
+
+def test_a_body_in_chunks():
+    """As HTTP/1.1 sends what has no length: pieces under their size, also with something after it."""
+    async def chunked(body, write):
+        await write("HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n")
+        for piece in (event(), event(reason="length")[:20], event(reason="length")[20:], usage(2)):
+            await write(f"{len(piece):X};x=y\r\n{piece}\r\n")
+        await write("0\r\n\r\n")
+
+    _, (one,) = served(chunked)
     assert (one.status, one.num_tokens, len(one.tokens)) == ("completed", 2, 2)
 
 

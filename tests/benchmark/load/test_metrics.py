@@ -129,6 +129,12 @@ def test_the_interval_of_a_quantile_is_resampled_as_it_is_taken():
     assert load_metrics(Load(records, 0.0, 30.0))["ci"]["p90_ttft_ms"] == pytest.approx(np.quantile(plain, (0.025, 0.975)), rel=0.1)
 
 
+def test_thirty_of_thirty_are_no_certainty():
+    """By Wilson's formula: 1 / (1 + 1.96² / 30)."""
+    found = load_metrics(Load([answered(float(place), 0.1) for place in range(30)], 0.0, 30.0), SLO(1, 1))
+    assert found["ci"]["attainment"] == pytest.approx([0.8865, 1.0], abs=1e-4)
+
+
 def test_goodput_s_interval_is_that_of_who_met():
     records, slo = many(400), SLO(0.1, 0.1)
     found = load_metrics(Load(records, 0.0, 40.0), slo)

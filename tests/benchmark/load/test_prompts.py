@@ -30,7 +30,8 @@ def test_who_shares_no_name_shares_nothing():
 
 
 def test_what_a_prefix_does_not_cover_is_the_request_s_own():
-    one, other = (prompts([Arrival(0.0, PIECE, 1)] * number + [Arrival(0.0, PIECE + 7, 5, prefix=(0,))], 1000)[-1].tolist() for number in (0, 3))
+    arrival = Arrival(0.0, PIECE + 7, 5, prefix=(0,))
+    one, other = (number.tolist() for number in prompts([arrival, arrival], 1000))
     assert one[:PIECE] == other[:PIECE] and one[PIECE:] != other[PIECE:]
 
 
