@@ -62,7 +62,7 @@ class Cell:
 
     @classmethod
     def of_run(cls, run: RunRecord) -> Cell:
-        """A cell of `nanopd bench sweep`, or the run of `nanopd bench serve`; by its mode."""
+        """A cell of `nanopd bench sweep`, or a run of `nanopd bench serve`, as `load_runs` reads them; by its mode."""
         columns = zip(run.requests["status"], run.requests["ttft"], run.requests["tpot"])
         felt = [Felt(ttft, tpot) if status == "completed" else None for status, ttft, tpot in columns]
         return cls(run.settings["mode"], run.settings["rate"], run.metrics["duration"], felt)
@@ -220,19 +220,19 @@ class SweepExplorer(Panel):
     def _bare_figure(self) -> go.Figure:
         figure = make_subplots(rows=1, cols=3, column_widths=[0.42, 0.29, 0.29], horizontal_spacing=0.06,
                                subplot_titles=[t("sweep.goodput_title"), " ", " "])
+        bars, extra = {"type": "data", "symmetric": False, "thickness": 1.5, "width": 4}, "<extra>%{fullData.name}</extra>"
         others = iter(MORE_COLOURS * len(self.lines))
         colours = {line: MODE_COLOURS.get(line) or next(others) for line in self.lines}
         for place in (1, 2, 3):
             for line, colour in colours.items():
                 figure.add_trace(go.Scatter(
                     mode="lines+markers", name=_name(line), legendgroup=line, showlegend=place == 1, line={"color": colour, "width": 2},
-                    marker={"size": 8}, error_y={"type": "data", "symmetric": False, "thickness": 1.5, "width": 4, "visible": place == 1},
-                    hovertemplate="%{hovertext}<extra>%{fullData.name}</extra>" if place == 1 else "%{y:,.4g}<extra>%{fullData.name}</extra>"),
-                    1, place)
+                    marker={"size": 8}, error_y={**bars, "visible": place == 1},
+                    hovertemplate=("%{hovertext}" if place == 1 else "%{y:,.4g}") + extra), 1, place)
         dashed = {"color": INK, "width": 1.5, "dash": "dash"}
         for place in (2, 3):
             figure.add_trace(go.Scatter(mode="lines", name=t("sweep.bound"), line=dashed, legendgroup="bound", showlegend=place == 2,
-                                        hovertemplate="%{y:,.4g}<extra>%{fullData.name}</extra>"), 1, place)
+                                        hovertemplate="%{y:,.4g}" + extra), 1, place)
         figure.add_trace(go.Scatter(x=self._span, y=self._span, mode="lines", name=t("sweep.offered"), hoverinfo="skip",
                                     line={"color": FAINT, "width": 1.5, "dash": "dot"}), 1, 1)
         figure.update_annotations(font={"size": 12, "color": FAINT})

@@ -119,8 +119,8 @@ def test_its_figures_are_those_of_the_load(make):
 
 
 def columns(load):
-    return {"status": [one.status for one in load.counted], "ttft": [one.tokens and one.ttft or None for one in load.counted],
-            "tpot": [one.tokens and one.tpot or None for one in load.counted]}
+    return {"status": [one.status for one in load.counted], "ttft": [one.ttft if one.tokens else None for one in load.counted],
+            "tpot": [one.tpot if one.tokens else None for one in load.counted]}
 
 
 def test_simulated_requests_make_a_cell():

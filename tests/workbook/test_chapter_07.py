@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -92,7 +94,8 @@ def test_goodput():
 
 @pytest.mark.parametrize("fault", [
     dict(of=answered), dict(records=lambda load: load.records), dict(of=lambda load: load.records),
-    dict(over=lambda load: load.end - load.begin)], ids=["refused left out", "warm-up counted", "warm-up below the line", "over the window"])
+    dict(over=lambda load: load.end - load.begin),
+], ids=["refused left out", "warm-up counted", "warm-up below the line", "over the window"])
 def test_another_goodput_is_told_what_is_wrong(fault):
     assert "check_good_is_what_the_load_metrics_say" in failed_checks(check("07.6", lambda *given: good(*given, **fault)))
 
@@ -219,6 +222,14 @@ def test_who_holds_back_never_has_many_open_and_moves_what_is_due():
     load = loads.hold_back(cluster, schedule)
     assert cluster.most_open == loads.PATIENT and all(record.status == "completed" for record in load.records)
     assert all(record.lateness == 0 and record.arrival >= one.time for record, one in zip(load.records, schedule.arrivals))
+
+
+def test_a_worker_is_held_and_goes_on():
+    with subprocess.Popen(["sleep", "60"]) as worker:
+        loads.hold(SimpleNamespace(status=lambda: {"C0": SimpleNamespace(pid=worker.pid)}), after=0.0, seconds=0.2)
+        assert os.WIFSTOPPED(os.waitpid(worker.pid, os.WUNTRACED)[1])
+        assert os.WIFCONTINUED(os.waitpid(worker.pid, os.WCONTINUED)[1])
+        worker.kill()
 
 
 def test_simulated_requests_are_those_that_count():

@@ -86,7 +86,8 @@ def _served(theirs: Callable[..., list[float]], due: list[float]) -> tuple[_Serv
 
 @exercise("07.1", hint_en="Before you wait, send all whose due[i] is at or before server.now, however many are open; then wait until "
                           "the next one is due, and no longer. When none is left to send, wait until math.inf.",
-          hint_zh="等之前，先把 due[i] 不晚于 server.now 的全部发出去，不管还有多少没答完；然后只等到下一个该发的时刻。全发完了，就 wait(math.inf)。")
+          hint_zh="等之前，先把 due[i] 不晚于 server.now 的全部发出去，不管还有多少没答完；然后只等到下一个该发的时刻。"
+                  "全发完了，就 wait(math.inf)。")
 def check_each_is_sent_when_it_is_due(theirs: Callable[..., list[float]]) -> None:
     for due in _timetables():
         server, _ = _served(theirs, due)
@@ -133,8 +134,8 @@ def _load(seed: int) -> Load:
     return Load(records, 2.0, 8.0)
 
 
-@exercise("07.6", hint_en="Met are those of load.counted with status \"completed\" for which meets(record, slo) is true. Attainment divides by "
-                          "all of load.counted: who was refused had a bad time, too. Goodput divides by seconds.",
+@exercise("07.6", hint_en="Met are those of load.counted with status \"completed\" for which meets(record, slo) is true. Attainment "
+                          "divides by all of load.counted: who was refused had a bad time, too. Goodput divides by seconds.",
           hint_zh="达标的，是 load.counted 里 status 为 \"completed\"、并且 meets(record, slo) 为真的。达标率除以 load.counted 的全部："
                   "被拒收的人也没有好受。有效吞吐除以 seconds。")
 def check_good_is_what_the_load_metrics_say(theirs: Callable[[Load, SLO, float], tuple[float, float]]) -> None:
@@ -170,8 +171,8 @@ def _sample(number: int, seed: int) -> list[float]:
     return [rng.lognormvariate(0, 0.5) for _ in range(number)]
 
 
-@exercise("07.7", hint_en="`random.Random(seed).choices(values, k=len(values))` draws with replacement. `quantile(..., share)` of each draw; "
-                          "then the 0.025 and 0.975 quantiles of those.",
+@exercise("07.7", hint_en="`random.Random(seed).choices(values, k=len(values))` draws with replacement. `quantile(..., share)` of each "
+                          "draw; then the 0.025 and 0.975 quantiles of those.",
           hint_zh="`random.Random(seed).choices(values, k=len(values))` 是有放回地抽。对每次抽到的值算 `quantile(..., share)`，"
                   "再取它们的 0.025 和 0.975 分位数。")
 def check_its_ends_are_as_wide_as_the_quantile_is_unsure(theirs: Interval) -> None:
@@ -188,8 +189,8 @@ def check_its_ends_are_as_wide_as_the_quantile_is_unsure(theirs: Interval) -> No
             "replacement, as many values as there are, and keep 95%?",
             f"分位 {share}，400 个值：你的区间宽 {high - low:.3f}，应该在 {width:.3f} 左右。是有放回地抽、抽同样多个、留 95% 吗？")
         assert high - low < 1.4 * width, say(
-            f"share {share}, 400 values: your interval is {high - low:.3f} wide, and should be about {width:.3f}. It holds the middle 95% of "
-            "the draws, not all; and each draw has as many values as there are",
+            f"share {share}, 400 values: your interval is {high - low:.3f} wide, and should be about {width:.3f}. It holds the middle 95% "
+            "of the draws, not all; and each draw has as many values as there are",
             f"分位 {share}，400 个值：你的区间宽 {high - low:.3f}，应该在 {width:.3f} 左右。要的是各次抽样中间的 95%，不是全部；"
             "而且每次要抽同样多个值")
 
