@@ -126,7 +126,7 @@ class RunRecord:
                    commit, dirty, datetime.now(timezone.utc).isoformat(timespec="seconds"), " ".join(sys.argv), num_cut)
 
     def save(self, path: Path) -> None:
-        write_whole(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        write_whole(path, json.dumps(asdict(self), allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> RunRecord:
