@@ -25,7 +25,18 @@ from nanopd.router.routing import Decision, Ended, Question, Router, WorkerView
 from nanopd.widgets.player import FONT, INK, PAPER
 from nanopd.widgets.strings import STRINGS, t
 from nanopd.workbook import routing
-from nanopd.workbook.arena import PATIENCE, PROMISE, WORKERS, Load, Run, from_file, hidden, practice, run, simulate
+from nanopd.workbook.arena import (
+    PATIENCE,
+    PROMISE,
+    WORKERS,
+    Load,
+    Run,
+    from_file,
+    hidden,
+    practice,
+    run,
+    simulate,
+)
 from nanopd.workbook.predict import columns
 
 __all__ = ["PROMISE", "WORKERS", "Load", "ScoreCard", "from_file", "hidden", "practice", "race", "reference", "simulate", "topology"]
