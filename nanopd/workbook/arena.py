@@ -18,9 +18,9 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 from nanopd.config import SLO
-from nanopd.metrics import Summary, summarize
+from nanopd.metrics import Summary
 from nanopd.router.routing import Decision, Ended, Question, Router, WorkerView
-from nanopd.simulator import Arrival, Simulation
+from nanopd.simulator import Arrival, Result, Simulation
 from nanopd.simulator.traces import read_trace
 from nanopd.workbook import routing
 
@@ -28,6 +28,7 @@ WORKERS = {"C": 2, "P": 2, "D": 2}
 PROMISE = SLO(ttft=0.5, tpot=0.010)
 REQUESTS = 80  # of a trace
 PATIENCE = 120.0  # seconds of waiting for a run, which takes one or two
+STOPS = 10  # times that a thread is told to stop, within a second
 T = TypeVar("T")
 
 
@@ -139,20 +140,20 @@ def run(make: Callable[[], Router], load: Load, patience: float = PATIENCE) -> R
         return Run(error=error)
 
 
-def simulate(router: Router, load: Load) -> tuple[Simulation, Summary]:
+def simulate(router: Router, load: Load) -> tuple[Simulation, Result]:
     """For a look inside: `simulation.central.explain(request_id)`."""
-    simulation, result = routing.simulate(router, load.arrivals, WORKERS)
-    return simulation, summarize(result.requests, PROMISE)
+    return routing.simulate(router, load.arrivals, WORKERS)
 
 
 def _run(router: Router, load: Load) -> Run:
     watched = _watch(router)
     try:
-        _, summary = simulate(watched, load)
+        _, result = simulate(watched, load)
     except RuntimeError as error:
         raise watched.error or error from None
     if watched.error is not None:
         raise watched.error
+    summary = result.summary(PROMISE)
     goodput = (summary.attainment or 0.0) * summary.num_requests / load.seconds
     return Run(summary, goodput, 1e6 * watched.seconds / watched.num_choices)
 
@@ -209,10 +210,19 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     try:
         result, error = done.get(timeout=seconds)
     except (queue.Empty, KeyboardInterrupt) as reason:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        _stop(thread)
         if isinstance(reason, KeyboardInterrupt):
             raise
         raise TimeoutError(f"it takes longer than {seconds:g} s") from None
     if error is not None:
         raise error
     return result
+
+
+def _stop(thread: Thread) -> None:
+    """Raise SystemExit in it, and again where that was lost, as it is in a finalizer. One that waits in C is left behind."""
+    for _ in range(STOPS):
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        thread.join(1 / STOPS)
+        if not thread.is_alive():
+            return

@@ -17,7 +17,7 @@ from nanopd.workbook.checks import ch06
 PATIENCE = 60.0  # seconds for a dozen short answers
 FIRST = 0.75  # of the best fixed policy
 OF_BEST_FIXED, OF_REFERENCE = 0.9, 0.9  # on the practice trace
-OF_BEST_FIXED_HIDDEN, OF_REFERENCE_HIDDEN = 0.85, 0.85  # on what nobody has seen
+OF_BEST_FIXED_HIDDEN, OF_REFERENCE_HIDDEN = 0.8, 0.85  # on what nobody has seen
 
 Theirs = Callable[[], Router]  # their class
 
