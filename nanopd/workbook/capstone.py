@@ -200,7 +200,8 @@ def describe(error: BaseException) -> str:
         frame = frame.tb_next
     code = frame.tb_frame.f_code if frame is not None else None
     where = f" ({code.co_name}, line {frame.tb_lineno})" if frame is not None and code is not None else ""
-    return f"{type(error).__name__}: {error}{where if not isinstance(error, (RuntimeError, TimeoutError)) else ''}"
+    name = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return f"{name}{where if not isinstance(error, (RuntimeError, TimeoutError)) else ''}"
 
 
 def _load_name(load: Load) -> str:

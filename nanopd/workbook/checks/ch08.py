@@ -121,4 +121,5 @@ def _near_the_reference(card: ScoreCard, least: float) -> None:
                           "have other workers, and answers that do not end by themselves (min_tokens = max_tokens).",
           hint_zh="引擎给的是同样的问题、同一种 Worker，不过 Worker 的个数可能不同，回答也可能不会自己结束（min_tokens = max_tokens）。")
 def check_the_engine_runs_with_it(theirs: Theirs) -> None:
+    _card(theirs, (capstone.practice(),))  # what fails there needs no engine
     within(PATIENCE, lambda: ch06.run_in_the_engine(theirs()))
