@@ -92,7 +92,8 @@ chromium-note:
 
 test: $(VENV)/.ready-test lint check-notebooks chromium-note
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	@# one more than there are cores: browsers and processes are waited for much of the time
+	@$(BIN)/python -m pytest --numprocesses $$($(BIN)/python -c "import os; print(os.cpu_count() + 1)") --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Everything that a machine with a GPU can tell beyond `make test`: the engine's GPU tests, and every chapter on the GPU.
 test-gpu: $(VENV)/.ready-test

@@ -65,6 +65,9 @@ class Book:
         total.queued += page.queued
         total.pairs += page.pairs
         self.queue_work = StepWork(total.queued, total.pairs)
+
+    def count(self, new_tokens: int, now: float) -> None:
+        """A prompt of so many new tokens has come to be computed here."""
         fading = self._fading(now)
         self._recent_prompts = self._recent_prompts * fading + 1
         self._recent_tokens = self._recent_tokens * fading + new_tokens

@@ -43,16 +43,22 @@ class Bookkeeper:
             self._write(entry)
         else:
             self._queue(entry, entry.server, sum(len(answer.token_ids) for answer in entry.answers.values()))
+            self._count(entry, entry.server)
 
     def reserve(self, entry: Entry) -> None:
-        """A decode worker is asked for room."""
+        """A decode worker is asked for room. Who is to compute the prompt has it in line from now on: whoever comes at the same
+        moment sees it there."""
         self.fleet.seat(entry.server, entry.job, len(entry.answers))
         self.fleet.workers[entry.server].book.hold(entry.job, len(entry.request.prompt_token_ids))
+        if entry.route is not None:
+            self._queue(entry, entry.route.prefill)
 
     def prefill(self, entry: Entry) -> None:
         """A prefill worker is to compute the prompt."""
         self.fleet.write(entry.prefiller, entry.job, entry.destination)
-        self._queue(entry, entry.prefiller)
+        if entry.job not in self.fleet.workers[entry.prefiller].book.pages:
+            self._queue(entry, entry.prefiller)
+        self._count(entry, entry.prefiller)
 
     def resume(self, entry: Entry) -> None:
         """The prompt's KV is at the decode worker."""
@@ -94,6 +100,10 @@ class Bookkeeper:
         cached = self.cached_tokens(book.prefixes.match(hashes), prompt_len)
         book.queue(entry.job, prompt_len + num_written - cached, cached, self.clock())
         book.prefixes.add(hashes)
+
+    def _count(self, entry: Entry, worker_id: str) -> None:
+        book = self.fleet.workers[worker_id].book
+        book.count(book.pages[entry.job].queued, self.clock())
 
     def _write(self, entry: Entry) -> None:
         contexts = sum(len(entry.request.prompt_token_ids) + len(answer.token_ids) for answer in entry.answers.values())

@@ -358,13 +358,12 @@ class CentralScheduler:
             self._on_link_granted(worker_id, message)
             return
         entry = self._jobs.get(message.request_id)
-        if entry is not None:
-            self._end_reserving(entry)
         prefiller = self.fleet.choose("P", wanted=entry and entry.route and entry.route.prefill)
         if entry is None or prefiller is None:  # ended meanwhile, or about to: nobody will write, nobody will read
             self.fleet.release(message.destination, "request", "writer")
             self.fleet.let_go(worker_id, message.request_id)
             if entry is not None:
+                self._end_reserving(entry)
                 entry.stage = Stage.QUEUED
             return
         self._dequeue(entry)
@@ -374,6 +373,7 @@ class CentralScheduler:
         entry.prefiller = prefiller
         entry.recomputes = entry.begun
         self.books.prefill(entry)
+        self._end_reserving(entry)
         self._enter(entry, prefiller)
         self.fleet.send(prefiller, Prefill(entry.prefill_request, message.destination))
 

@@ -131,8 +131,11 @@ class Fleet:
 
     def intend_no_more(self, worker_id: str, job: str) -> None:
         """It does so now, or won't."""
-        if worker_id in self.workers:
-            self.workers[worker_id].intended.discard(job)
+        worker = self.workers.get(worker_id)
+        if worker is not None:
+            worker.intended.discard(job)
+            if job not in worker.writes:
+                worker.book.close(job)
 
     def seat(self, worker_id: str, job: str, num_answers: int) -> None:
         """The worker is to write so many answers of a job."""

@@ -33,6 +33,7 @@ from urllib.parse import urlsplit
 
 import nbformat
 import pytest
+from chromium import find_chromium
 
 import nanopd
 from nanopd.workbook import builder
@@ -186,7 +187,7 @@ class OpenNotebook:
 def browser() -> Iterator[Any]:
     """Module-wide, not session-wide: playwright's event loop would be in the way of nbclient in other tests."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    executable = find_chromium()
     if executable is None:
         pytest.skip("there is no Chromium on the PATH")
     with sync_api.sync_playwright() as playwright:

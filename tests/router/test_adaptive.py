@@ -75,6 +75,21 @@ def test_a_collocated_worker_may_be_either_end_of_a_pair():
     script.assert_empty()
 
 
+@pytest.mark.parametrize("what", ["granted", "refused", "cancelled"])
+def test_a_prompt_is_in_line_from_the_moment_that_its_route_is_chosen(what):
+    """Whoever comes at the same moment sees it there, though the room that it waits for has not been granted."""
+    script = adaptive("P0 P1 D0", "P0>D0", None)
+    book = script.central.fleet.workers["P0"].book
+    script.submit("a")
+    script.step()
+    assert (book.queue_work.prompt_tokens, book.total.held) == (3, 3)
+    if what == "cancelled":
+        script.central.cancel("a")
+    script.step(*{"granted": [script.grant("D0", "a")], "refused": [script.refuse("D0", "a")], "cancelled": []}[what])
+    assert (book.queue_work.prompt_tokens, book.total.held) == ((3, 3) if what == "granted" else (0, 0))
+    assert (book.prompts_per_second(script.clock.now)[0] > 0) == (what == "granted")
+
+
 def finish(script, name, prefill, decode):
     script.step((prefill, tokens(name)), (prefill, prefilled(destination(script, name), name)))
     script.step((decode, tokens(name, end=STOP)))

@@ -145,7 +145,7 @@ def test_how_many_prompts_came_lately_fades():
     book = Book()
     assert book.prompts_per_second(7.0) == (0, 0)
     for number in range(1000):  # 5 a second
-        book.queue(str(number), 100, 0, number / 5)
+        book.count(100, number / 5)
     prompts, tokens = book.prompts_per_second(200.0)
     assert prompts == pytest.approx(5, rel=0.02) and tokens == pytest.approx(500, rel=0.02)
     assert book.prompts_per_second(200.0 + 5 * RECENT)[0] < 0.05

@@ -244,7 +244,7 @@ def assert_books_balance(central):
         book, pages = worker.book, worker.book.pages
         for name in FIELDS:
             assert getattr(book.total, name) == sum(getattr(page, name) for page in pages.values()), (worker_id, name)
-        assert pages.keys() == worker.answers.keys() | worker.writes.keys(), worker_id
+        assert pages.keys() == worker.answers.keys() | worker.writes.keys() | worker.intended, worker_id
         assert not (worker.awaits and worker.writes), f"{worker_id} keeps room for others and computes for others"
         for job, page in pages.items():
             assert page.seats == worker.answers.get(job, 0)
@@ -264,7 +264,8 @@ def assert_page_is_right(page, entry, worker_id):
         elif entry.stage is Stage.DECODE:
             assert 0 < page.queued <= prompt_len + written == page.held and page.contexts == 0
     else:
-        assert worker_id == entry.prefiller and page.held == prompt_len and (page.decodes, page.contexts) == (0, 0)
+        prefiller = entry.route.prefill if entry.stage is Stage.RESERVING else entry.prefiller
+        assert worker_id == prefiller and page.held == prompt_len and (page.decodes, page.contexts) == (0, 0)
         assert (page.queued == 0) == (page.pairs == 0) and page.queued <= prompt_len
         assert page.queued == 0 or page.sending == 0
 

@@ -53,6 +53,15 @@ class Near:
         return self.links.connect(self.worker_id, destination_id).send(*what)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_folder(tmp_path_factory):
+    """For temporary files of these tests alone: others leave theirs in the usual one meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+        patch.setenv("TMPDIR", tempfile.tempdir)
+        yield
+
+
 @pytest.fixture(scope="module")
 def living():
     """A process that the last test has left alive: each takes seconds to start."""

@@ -193,7 +193,7 @@ def test_a_slow_server_s_times_are_those_of_its_pieces():
         await write("data: [DONE]\n\n")
 
     _, (one,) = served(slow)
-    assert one.ttft >= 0.2 and one.tpot >= 0.1 and len(one.tokens) == 3
+    assert one.ttft >= 0.2 and one.tpot >= 0.08 and len(one.tokens) == 3
     assert all(gap >= 0.08 for gap in one.itl) and one.num_reported is None
 
 
