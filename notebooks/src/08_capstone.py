@@ -425,16 +425,17 @@ nanopd.check("08.8b", MyRouter)
 #
 # ## 8.9 Break it
 #
-# The engine's own router, with the promise and with all its formulas; only one weight is 0: what the **others** lose. Every request now
-# looks after itself, and each single choice is the best there is, for the one who makes it. **How many percent of the reference is left on
-# the practice trace? And what of it goes wrong, how many requests by TTFT, how many by TPOT?**
+# The engine's own router, with the promise and with all its formulas, but without the planner, which shares out parts (that costs it
+# something: the first line below). Then one weight is 0: what the **others** lose. Every request now looks after itself, and each single
+# choice is the best there is, for the one who makes it. **How many percent of the reference is left on the practice trace? And what of
+# it goes wrong, how many requests by TTFT, how many by TPOT?**
 
-# %% [markdown] lang="zh" en_hash="c29bc13a"
+# %% [markdown] lang="zh" en_hash="3373f96c"
 # 种子不是我们挑的，所以你也许走运，也许不走运：换几个种子跑 `capstone.race(MyRouter, capstone.hidden(seed))`，就知道了。
 #
 # ## 8.9 弄坏它
 #
-# 还是引擎自带的路由器，知道承诺，公式一个不少，只把一个权重设成 0：**别人**的损失。于是每个请求只顾自己，而每一次选择，对做选择的那个请求来说都是最好的。
+# 还是引擎自带的路由器，知道承诺，公式一个不少，只是没有分派角色的规划器（少了它会差一些，看下面第一行）。再把一个权重设成 0：**别人**的损失。于是每个请求只顾自己，而每一次选择，对做选择的那个请求来说都是最好的。
 # **在练习负载上，还剩参考路由器的百分之几？错在哪里：几个请求首 token 迟了，几个每 token 延迟超了？**
 
 # %%
