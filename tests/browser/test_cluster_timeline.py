@@ -18,5 +18,6 @@ def test_the_timeline_and_the_times_of_transfers_answer(open_notebook, lang, hid
     assert hidden in before and "→ D1" in before
     notebook.slide_and_see_change(timeline, "ArrowLeft")
     notebook.screenshot(f"05-{lang}")
-    assert measured in notebook.figure_of(notebook.panel("widgets.TransferTimes("))
+    times = notebook.panel("widgets.TransferTimes(")
+    notebook.wait_until(lambda: measured in notebook.figure_of(times), "the times of transfers are not drawn")
     notebook.assert_quiet()
