@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from nanopd.benchmark.load import (
     open_cluster,
     run_on_cluster,
 )
+from nanopd.benchmark.load import run
 from nanopd.benchmark.load.run import OF_CLUSTER, device_behind
 from nanopd.config import SLO, ConfigError
 
@@ -55,6 +57,17 @@ def test_a_trace_is_replayed_as_fast_as_asked_and_keeps_its_prefixes(tmp_path):
     assert sum(record.counts for record in schedule.records()) == 9
     assert len(replace(of_trace, window=0.25).schedule(700).arrivals) == 3
     assert of_trace.schedule(100).num_cut == 10
+
+
+def test_another_load_has_other_prompts_and_another_server_the_same(monkeypatch):
+    """A cluster that has served one load would find it in its prefix caches when it serves the next."""
+    seeds = []
+    monkeypatch.setattr(run, "serve_cluster", lambda cluster, schedule, mode, seed, progress: seeds.append(seed) or a_load())
+    cluster = SimpleNamespace(limits=SimpleNamespace(max_len=256), topology=SimpleNamespace(devices=["cpu"]))
+    for changes in ({}, {"mode": "disaggregated", "topology": "P:cpu D:cpu", "window": 3.0}, {"rate": 20.0}, {"seed": 1},
+                    {"workload": "16-32/5"}):
+        run_on_cluster(replace(SETTINGS, **changes), cluster)
+    assert seeds[0] == seeds[1] and len(set(seeds)) == 4
 
 
 @pytest.mark.parametrize("changes, says", [
