@@ -56,7 +56,7 @@ def _placed(run: RunRecord) -> RunRecord:
         settings |= {"mode": ENDPOINT, "topology": settings["endpoint"]}
     if settings["trace"] is not None:
         arrivals = run.requests["arrival"]
-        seconds = max(arrivals, default=0.0) - min(arrivals, default=0.0)
+        seconds = settings["window"] or max(arrivals, default=0.0) - min(arrivals, default=0.0)
         settings |= {"workload": Path(settings["trace"]).stem, "rate": float(f"{len(arrivals) / seconds:.3g}") if seconds else 0.0}
     return replace(run, settings=settings)
 

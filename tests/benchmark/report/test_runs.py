@@ -55,7 +55,9 @@ def test_a_peer_and_a_trace_stand_beside_the_modes(runs, tmp_path):
     ours, peer = load_runs(tmp_path)
     arrivals = peer.requests["arrival"]
     assert peer.settings["workload"] == "chat"
-    assert peer.settings["rate"] == pytest.approx(len(arrivals) / (arrivals[-1] - arrivals[0]), rel=5e-3)
+    assert peer.settings["rate"] == pytest.approx(len(arrivals) / settings["window"], rel=5e-3)
+    replace(runs[0], settings=settings | {"window": None}).save(tmp_path / "peer.json")
+    assert load_runs(tmp_path)[1].settings["rate"] == pytest.approx(len(arrivals) / (arrivals[-1] - arrivals[0]), rel=5e-3)
     ways = ways_of([ours, peer])
     assert label_of(ways[1], ways) == "server at http://127.0.0.1:8000" and colour_of(ways[0], ways) != colour_of(ways[1], ways)
     assert "Made-up GPU" in source_of([peer])
