@@ -28,8 +28,8 @@ def trace(tmp_path):
     now, lines = 0.0, []
     for number in range(120):
         length = 9000 if number % 10 == 3 else 600 + number
-        lines.append({"timestamp": round(1000 * now), "input_length": length, "output_length": 20 + number % 3,
-                      "hash_ids": [7 if number % 2 else 1000 + number, *range(2000 + 20 * number, 2000 + 20 * number + (length - 1) // 512)]})
+        pieces = [7 if number % 2 else 1000 + number, *range(2000 + 20 * number, 2000 + 20 * number + (length - 1) // 512)]
+        lines.append({"timestamp": round(1000 * now), "input_length": length, "output_length": 20 + number % 3, "hash_ids": pieces})
         now += GAPS[number % len(GAPS)]
     path = tmp_path / "made_up.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -14,6 +14,7 @@ import numpy as np
 from nanopd.benchmark.load.run import RunRecord
 from nanopd.benchmark.report.style import MODE_COLOURS, MORE_COLOURS
 from nanopd.benchmark.report.words import w
+from nanopd.benchmark.results import Report
 from nanopd.config import MODES, Topology
 from nanopd.metrics import quantile
 
@@ -66,6 +67,12 @@ def source_of(runs: Sequence[RunRecord]) -> str:
     models, devices, commits = (_list(map(part, runs)) for part in (lambda run: run.settings["model"], _device, _commit))
     dates = sorted({run.date[:10] for run in runs})
     return f"{models}, {devices}, {' – '.join(dict.fromkeys((dates[0], dates[-1])))}, {commits}, {w('stamp.runs', runs=len(runs))}"
+
+
+def source_of_report(report: Report) -> str:
+    """`Report.source` in the current language."""
+    commit = w("stamp.commit", commit=report.commit[:7]) if report.commit else w("stamp.no_commit")
+    return f"{report.device['name']}, {report.date[:10]}, {commit}{' ' + w('stamp.changes') if report.dirty else ''}"
 
 
 def _device(run: RunRecord) -> str:

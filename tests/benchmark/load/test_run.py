@@ -15,9 +15,9 @@ from nanopd.benchmark.load import (
     RunSettings,
     load_metrics,
     open_cluster,
+    run,
     run_on_cluster,
 )
-from nanopd.benchmark.load import run
 from nanopd.benchmark.load.run import OF_CLUSTER, device_behind
 from nanopd.config import SLO, ConfigError
 

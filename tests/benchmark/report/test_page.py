@@ -28,7 +28,7 @@ def written(runs, tmp_path_factory):
 
 
 def test_all_figures_of_a_sweep_and_of_what_is_recorded(written):
-    assert written.missing == {} and len(written.drawn) == 20
+    assert written.missing == {} and len(written.drawn) == 25
     text = written.page.read_text(encoding="utf-8")
     for name in written.drawn:
         assert f'id="plot-{name}"' in text and written.page.with_name(f"{name}.svg").read_text(encoding="utf-8").startswith("<svg")
@@ -42,9 +42,10 @@ def test_what_lacks_data_is_named_with_the_command_that_makes_it(tmp_path):
     kept.mkdir(parents=True)
     shutil.copy(RECORDED / "nvidia-h200" / "decode.json", kept)
     written = write_report(tmp_path / "out", tmp_path / "results")
-    assert set(written.drawn) == {"decode-scaling", "transfer-interference"}
+    assert set(written.drawn) == {"decode-scaling", "transfer-interference", "seed"}
     assert written.missing["goodput"] == "nanopd bench sweep --gpus 2"
     assert written.missing["regret-simulated"] == "nanopd bench study" and written.missing["predicted"] == "nanopd bench routing"
+    assert written.missing["interference"] == "nanopd bench cluster" and written.missing["transfer"] == "nanopd bench transfer"
     assert "goodput: no data; nanopd bench sweep" in str(written)
     assert "<code>nanopd bench study</code>" in written.page.read_text(encoding="utf-8")
 
