@@ -91,8 +91,8 @@ def run(options: argparse.Namespace) -> int:
     """Returns the exit code. Raises ConfigError and OSError for what the user can put right."""
     settings = settings_of(options)
     settings.schedule(sys.maxsize)  # says what is wrong with it before anything is started
-    if options.out is not None and not options.out.parent.is_dir():
-        raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)  # says now that it can't be, not when the load is over
     line = _Line()
     try:
         record = _on_endpoint(settings, line) if settings.endpoint else _on_cluster(settings, line)
