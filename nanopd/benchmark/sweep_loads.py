@@ -17,16 +17,24 @@ DRAWN = 256  # requests, about, by which the planner judges a load
 
 
 def as_recorded(base: RunSettings, path: str, requests: int) -> RunSettings:
-    """The first requests of a trace, as fast as they came, or all where it has fewer. Warm-up, window and tail keep their shares of
-    the time. Raises ConfigError where the trace can't be read, or all of these come at once."""
+    """The first requests of a trace, as fast as they came, or all where it has fewer. Warm-up, window and tail have the shares of them
+    that they would have of evenly spaced ones. Raises ConfigError where the trace can't be read, or these come at once."""
     times = [one.time for one in _trace(path, base.max_model_len)]
     number = min(requests, len(times))
-    while number < len(times) and times[number] == times[number - 1]:  # no moment parts these
+    begin, stop, end = (_after(times, round(number * seconds / span(base)))
+                        for seconds in (base.warmup, base.warmup + base.window, span(base)))
+    if stop <= begin:
+        raise ConfigError(f"too many of the first {number} requests of {path} come at once, and none is left for the window: take more")
+    return replace(base, trace=path, warmup=begin, window=stop - begin, tail=end - stop)
+
+
+def _after(times: list[float], number: int) -> float:
+    """A moment when so many have come, or more where several come at once."""
+    while 0 < number < len(times) and times[number] == times[number - 1]:
         number += 1
-    end = (times[number - 1] + times[number]) / 2 if number < len(times) else times[-1] * number / max(1, number - 1)
-    if end == 0:
-        raise ConfigError(f"the first {number} requests of {path} come at once, and no speed makes that a rate: take more of them")
-    return _lasting(replace(base, trace=path), end)
+    if number == len(times):
+        return times[-1] * number / max(1, number - 1)
+    return (times[number - 1] + times[number]) / 2 if number else 0.0
 
 
 def at_rate(source: RunSettings, rate: float) -> RunSettings:
@@ -34,12 +42,7 @@ def at_rate(source: RunSettings, rate: float) -> RunSettings:
     if source.trace is None:
         return replace(source, rate=rate)
     factor = rate / rate_of(source)
-    return _lasting(replace(source, speed_up=factor), span(source) / factor)
-
-
-def _lasting(cell: RunSettings, seconds: float) -> RunSettings:
-    factor = seconds / span(cell)
-    return replace(cell, warmup=cell.warmup * factor, window=cell.window * factor, tail=cell.tail * factor)
+    return replace(source, speed_up=factor, warmup=source.warmup / factor, window=source.window / factor, tail=source.tail / factor)
 
 
 def span(cell: RunSettings) -> float:

@@ -42,8 +42,10 @@ class Band(NamedTuple):
 
 
 def load_runs(folder: str | Path) -> list[RunRecord]:
-    """The finished cells of a sweep, in the order of mode, topology, workload, rate and seed. Raises FileNotFoundError for none."""
-    found = [_placed(RunRecord.load(path)) for path in sorted(Path(folder).glob("*.json")) if path.name != PROFILE]
+    """The finished cells of a sweep in which any request counted, in the order of mode, topology, workload, rate and seed. Raises
+    FileNotFoundError for none."""
+    read = [RunRecord.load(path) for path in sorted(Path(folder).glob("*.json")) if path.name != PROFILE]
+    found = [_placed(run) for run in read if run.requests["arrival"]]
     if not found:
         raise FileNotFoundError(f"no cells of a sweep in {folder}: make some with `nanopd bench sweep --out {folder}`")
     return sorted(found, key=lambda run: (WAYS.index(run.settings["mode"]), *(

@@ -47,6 +47,15 @@ def test_the_source_says_device_date_commit_and_how_many(runs):
     assert "CPU (Some CPU; on a CPU to see that it works" in source_of([on_cpu])
 
 
+def test_a_run_in_which_no_request_counted_has_nothing_to_draw(runs, tmp_path):
+    nothing = {name: [] for name in runs[0].requests}
+    replace(runs[0], requests=nothing).save(tmp_path / "empty.json")
+    with pytest.raises(FileNotFoundError):
+        load_runs(tmp_path)
+    runs[1].save(tmp_path / "some.json")
+    assert load_runs(tmp_path) == [runs[1]]
+
+
 def test_a_peer_and_a_trace_stand_beside_the_modes(runs, tmp_path):
     settings = runs[0].settings | {"endpoint": "http://127.0.0.1:8000", "mode": None, "topology": None, "rate": None,
                                    "trace": "/somewhere/chat.jsonl", "workload": "short"}
