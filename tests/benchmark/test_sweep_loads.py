@@ -95,7 +95,7 @@ def test_the_report_draws_a_trace_by_its_name_and_rate(trace, tmp_path):
 def test_what_prompts_share_they_share_in_a_cell_and_not_with_another_cell(trace):
     """A cluster serves one cell after the other, and its prefix caches outlive them."""
     slow, fast = plan(grid(trace, modes=("collocated",)), Known.of(PRESET))
-    first, second = (prompts(requests_of(cell), 1000, cell.prompt_seed) for cell in (slow, fast))
+    first, second = (prompts(requests_of(cell), 1000, cell.seed) for cell in (slow, fast))
     assert (first[1][:512] == first[3][:512]).all() and (first[0][:512] != first[2][:512]).any()
     assert not {prompt[:16].tobytes() for prompt in first} & {prompt[:16].tobytes() for prompt in second}
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -77,13 +76,6 @@ class RunSettings:
         if (self.slo_ttft_ms is None) != (self.slo_tpot_ms is None):
             raise ConfigError("an SLO has two bounds, slo_ttft_ms and slo_tpot_ms: set both, or none")
         return None if self.slo_ttft_ms is None else SLO(self.slo_ttft_ms / 1e3, self.slo_tpot_ms / 1e3)
-
-    @property
-    def prompt_seed(self) -> int:
-        """Another one for each load: a cluster that has served one finds nothing of it in its prefix caches."""
-        what = Path(self.trace).name if self.trace else self.workload
-        load = repr((what, self.rate, self.burstiness, self.speed_up, self.seed))
-        return int.from_bytes(hashlib.sha256(load.encode()).digest()[:8], "big")
 
     def schedule(self, max_len: int) -> Schedule:
         """The same for equal settings, whoever serves it. What was recorded is cut to `max_len` tokens, prompt and answer
@@ -165,7 +157,7 @@ def run_on_cluster(settings: RunSettings, cluster: Cluster, progress: Callable[[
         Stopped: on Ctrl-C, with the load as far as it went.
     """
     schedule = settings.schedule(cluster.limits.max_len)
-    load = serve_cluster(cluster, schedule, settings.mode, settings.prompt_seed, progress)
+    load = serve_cluster(cluster, schedule, settings.mode, settings.seed, progress)
     return RunRecord.of(settings, load, device_of(cluster), schedule.num_cut)
 
 
@@ -181,7 +173,7 @@ def run_on_endpoint(settings: RunSettings, progress: Callable[[Tally], None] | N
 
     schedule = settings.schedule(settings.max_model_len or sys.maxsize)
     form = find_form(settings.endpoint, settings.model)
-    load = serve_endpoint(settings.endpoint, schedule, settings.model, form, settings.prompt_seed, progress=progress)
+    load = serve_endpoint(settings.endpoint, schedule, settings.model, form, settings.seed, progress=progress)
     return RunRecord.of(settings, load, device_behind(settings.endpoint), schedule.num_cut)
 
 
