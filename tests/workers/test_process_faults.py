@@ -15,6 +15,7 @@ from workers.serving import OPTIONS, greedy, prompt
 from nanopd.core import FinishReason, Request, TokenEvent
 from nanopd.engine.factory import EngineOptions
 from nanopd.messages import AskStatus, Lost, Resume, Serve, Tokens
+from nanopd.models.loader import load_spec
 from nanopd.workers import process
 from nanopd.workers.host import HostSpec, _raise_if_broken
 from nanopd.workers.process import ProcessExecutor
@@ -28,7 +29,8 @@ def executor(reference):
     roles = {"P0": "P", "D0": "D", "C1": "C", "C9": "C"}
     before = what_is_held()
     executor = ProcessExecutor([
-        HostSpec(number, {worker_id: role}, "cpu", reference.path, None, "auto", 0, EngineOptions(**OPTIONS), "auto", False)
+        HostSpec(number, {worker_id: role}, "cpu", reference.path, load_spec(reference.path), None, "auto", 0,
+                 EngineOptions(**OPTIONS), "auto", False)
         for number, (worker_id, role) in enumerate(roles.items())], HANG_TIMEOUT)
     yield executor
     executor.close()
