@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from browser.solved import assert_solved
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
@@ -12,6 +13,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 def test_the_explorer_follows_its_sliders(open_notebook, lang, word):
     notebook = open_notebook(f"solutions/{lang}/03_cuda_kernel.ipynb")
     notebook.run_all()
+    assert_solved(notebook)
     panel = notebook.panel("times.explorer(")
     assert word in panel.text_content()
     notebook.slide_and_see_change(panel)

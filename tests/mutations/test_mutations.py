@@ -161,7 +161,9 @@ CAUGHT_BY = [
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS)
+# The machine runs in test_scheduler_state_machine.py, just as here.
+@pytest.mark.parametrize("check", [pytest.param(check, marks=pytest.mark.nightly) if check == "state machine" else check
+                                   for check in CHECKS])
 def test_without_a_fault_every_check_is_green(reference, check):
     CHECKS[check](reference)
 
