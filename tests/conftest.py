@@ -13,8 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent / "quick"), os.environ.get("PYTHONPATH")]))
 
 # Each core takes a file at a time: whoever came to a long one last would work on alone.
-LONGEST_FIRST = ("workbook/test_notebooks.py", "browser/", "paged_attention/test_csrc_compiles.py", "workers/", "workbook/",
-                 "test_docs.py", "server/", "lab/", "benchmark/", "test_demo.py", "engine/")
+LONGEST_FIRST = ("workbook/test_notebooks.py", "browser/", "paged_attention/test_csrc_compiles.py", "workers/", "engine/test_equality.py",
+                 "test_commands.py", "engine/", "workbook/", "test_docs.py", "lab/", "server/", "tiny/", "cost_model/test_profiler.py",
+                 "benchmark/", "test_demo.py")
 
 
 def pytest_collection_modifyitems(items):
