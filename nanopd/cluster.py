@@ -81,8 +81,8 @@ class Cluster(Client):
         self.spec = load_spec(model)
         self.dtype = resolve_dtype(dtype, self.spec, torch.device(self.topology.devices[0]))
         super().__init__(load_tokenizer(model), seed)
-        spec = partial(HostSpec, model=model, dtype=dtype, load_format=load_format, seed=seed, options=engine_options,
-                       transport=transport, checksums=checksums)
+        spec = partial(HostSpec, model=model, shape=self.spec, dtype=dtype, load_format=load_format, seed=seed,
+                       options=engine_options, transport=transport, checksums=checksums)
         if self.executor == "inline":
             self._executor: InlineExecutor | ProcessExecutor = _inline(self.topology, spec)
         else:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+FAMILIES = {"qwen3": Qwen3ForCausalLM, "qwen2": Qwen2ForCausalLM, "llama": LlamaForCausalLM}
 
 ROPE: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -70,8 +70,6 @@ def make_checkpoint(
     bias: "attention", "mlp" (Llama only), or True for all that the family has; Qwen2's q, k and v always have one
     shard_size: bytes per file, as "40KB"; None writes a single file
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     options: dict[str, Any] = {} if family == "qwen2" else {"attention_bias": bias in (True, "attention")}
     if family == "llama":
         options["mlp_bias"] = bias in (True, "mlp")
@@ -81,7 +79,7 @@ def make_checkpoint(
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, tie_word_embeddings=tie,
         max_position_embeddings=max_position, rope_parameters={"rope_theta": 10000.0, **scaling},
         bos_token_id=None, eos_token_id=eos, dtype="float32", **options)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model = FAMILIES[family](config).float().eval()
     _randomize(model, seed)
     model.save_pretrained(path, max_shard_size=shard_size or "1GB")
     return model

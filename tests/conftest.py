@@ -1,14 +1,21 @@
-"""For all tests: one thread for each process, and no network."""
+"""For all tests: one thread for each process, no network, and little time spent on what libraries bring along."""
 
+import gc
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, which is not yet
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# For the processes that tests start; for this one, pyproject.toml says it.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent / "quick"), os.environ.get("PYTHONPATH")]))
 
 # Each core takes a file at a time: whoever came to a long one last would work on alone.
-LONGEST_FIRST = ("workbook/test_notebooks.py", "browser/", "paged_attention/test_csrc_compiles.py", "workers/", "workbook/",
-                 "test_docs.py", "server/", "lab/", "benchmark/", "test_demo.py", "engine/")
+LONGEST_FIRST = ("workbook/test_notebooks.py", "browser/", "paged_attention/test_csrc_compiles.py", "workers/", "engine/test_equality.py",
+                 "test_commands.py", "engine/", "workbook/", "test_docs.py", "lab/", "server/", "tiny/", "cost_model/test_profiler.py",
+                 "benchmark/", "test_demo.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -18,3 +25,10 @@ def pytest_collection_modifyitems(items):
         return next((place for place, name in enumerate(LONGEST_FIRST) if path.startswith(name)), len(LONGEST_FIRST))
 
     items.sort(key=rank)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def only_young_objects_are_looked_at():
+    """Every engine that is shut down collects garbage, and would look at the million objects of the libraries each time."""
+    gc.collect()
+    gc.freeze()

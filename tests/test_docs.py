@@ -22,16 +22,30 @@ PAGES = [*ENGLISH, *CHINESE, ROOT / "README.md"]
 SERVER = "127.0.0.1:8000"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
-# Runs blocks one after another in one namespace and writes down what each of them prints.
-RUN_BLOCKS = """
-import contextlib, io, json, sys
-printed, names = [], {"__name__": "__main__"}
-for where, source in json.load(sys.stdin):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(compile(source, where, "exec"), names)
-    printed.append(out.getvalue())
-json.dump(printed, sys.stdout)
+# For each page, runs its blocks one after another in one namespace, and writes down what each of them prints, or the error.
+# The pages are forks of a process that has imported what takes long.
+RUN_PAGES = """
+import contextlib, io, json, os, sys, traceback
+import torch, transformers, nanopd.cluster, nanopd.llm
+
+def run(blocks):
+    printed, names = [], {"__name__": "__main__"}
+    for where, source in blocks:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(source, where, "exec"), names)
+        printed.append(out.getvalue())
+    return printed
+
+for page, blocks in json.load(sys.stdin).items():
+    if os.fork() == 0:
+        try:
+            answer = {"printed": run(blocks)}
+        except BaseException:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps({page: answer}), flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
@@ -52,6 +66,9 @@ def python_blocks(page: Path) -> list[tuple[str, str, str]]:
     source = text(page)
     return [(f"{by_path(page)}:{source.count(chr(10), 0, match.start()) + 1}", match[2], match[3] or "")
             for match in FENCE.finditer(source) if match[1] == "python" and SERVER not in match[2]]
+
+
+WITH_CODE = [page for page in ENGLISH if python_blocks(page)]
 
 
 def pointers(page: Path) -> set[tuple[str, str]]:
@@ -129,14 +146,22 @@ def test_pointers_name_what_exists(page):
 # --------------------------------------------------------------------------------------------------- code
 
 
-@pytest.mark.parametrize("page", [page for page in ENGLISH if python_blocks(page)], ids=by_path)
-def test_the_code_runs_and_prints_what_the_page_says(page):
-    blocks = python_blocks(page)
+@pytest.fixture(scope="module")
+def answers():
+    """What each page's code printed, or the error that it ended with."""
+    pages = {by_path(page): [(where, source) for where, source, _ in python_blocks(page)] for page in WITH_CODE}
     ran = subprocess.run(
-        [sys.executable, "-c", RUN_BLOCKS], input=json.dumps([(where, source) for where, source, _ in blocks]),
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
+        [sys.executable, "-c", RUN_PAGES], input=json.dumps(pages), cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
     assert ran.returncode == 0, ran.stderr
-    for (where, _, expected), printed in zip(blocks, json.loads(ran.stdout), strict=True):
+    return {page: answer for line in ran.stdout.splitlines() for page, answer in json.loads(line).items()}
+
+
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("page", WITH_CODE, ids=by_path)
+def test_the_code_runs_and_prints_what_the_page_says(answers, page):
+    answer = answers[by_path(page)]
+    assert "error" not in answer, answer["error"]
+    for (where, _, expected), printed in zip(python_blocks(page), answer["printed"], strict=True):
         if expected:
             assert printed == expected, where

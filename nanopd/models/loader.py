@@ -27,12 +27,14 @@ def load_model(
     model: str | Path,
     *,
     device: torch.device | str,
+    shape: ModelSpec | None = None,
     dtype: torch.dtype | str | None = None,
     load_format: str = "auto",
     seed: int = 0,
 ) -> Decoder:
     """A decoder on `device` with the checkpoint's weights, or with random ones for `load_format="dummy"`.
 
+    `shape`: what `load_spec` says of the model, where that is known.
     `dtype`: None or "auto" takes float32 on a CPU and the checkpoint's own elsewhere.
     `seed` is for dummy weights.
 
@@ -43,7 +45,7 @@ def load_model(
     if load_format not in LOAD_FORMATS:
         raise ModelError(f"unknown load_format {load_format!r}; there are {', '.join(LOAD_FORMATS)}")
     device = torch.device(device)
-    spec = load_spec(model)
+    spec = shape or load_spec(model)
     shards = [] if load_format == "dummy" else _shards(resolve_model(model), model)
     decoder = Decoder(spec, device=device, dtype=resolve_dtype(dtype, spec, device)).eval()
     if load_format == "dummy":

@@ -21,7 +21,7 @@ from typing import NoReturn
 import torch
 
 from nanopd.block_manager.pool import EVENTS_KEPT
-from nanopd.config import ConfigError
+from nanopd.config import ConfigError, ModelSpec
 from nanopd.engine.factory import EngineOptions, build_engine
 from nanopd.engine.limits import Limits
 from nanopd.messages import FromWorker, Ping, Pong, Tokens, ToWorker
@@ -46,6 +46,7 @@ class HostSpec:
     roles: dict[str, str]  # worker ids and their roles
     device: str
     model: str
+    shape: ModelSpec  # the model's, read by the parent: each host would have to import transformers for it
     dtype: str | torch.dtype | None
     load_format: str
     seed: int
@@ -104,7 +105,8 @@ def build_workers(spec: HostSpec, connect: Callable[[str, str], Transport],
     ConfigError and ModelError.
     """
     device = torch.device(spec.device)
-    model = load_model(spec.model, device=device, dtype=spec.dtype, load_format=spec.load_format, seed=spec.seed)
+    model = load_model(spec.model, shape=spec.shape, device=device, dtype=spec.dtype, load_format=spec.load_format,
+                       seed=spec.seed)
     workers = {}
     for num_built, (worker_id, role) in enumerate(spec.roles.items()):
         share = 1 / (len(spec.roles) - num_built)  # of the memory that the others have left

@@ -272,7 +272,7 @@ def read_beside(length: int, batch: int, context: int) -> MixedRow:
     return MixedRow(step.duration, length, 0, batch, float(batch * context))
 
 beside = [(length, *batch) for length in (128, 256, 512, 1024) for batch in ((4, 64), (16, 64), (16, 256))]
-mixed = quickest(read_beside(*cell) for _ in range(3) for cell in beside)
+mixed = quickest(read_beside(*cell) for _ in range(2) for cell in beside)
 prefill = quickest([*prefill, *map(read_alone, lengths)])  # once more: the machine may have been busier before
 both = next(row.seconds for row in mixed if (row.new_tokens, row.context_tokens) == (512, 16 * 256))
 guess.reveal((both - step_ms[16, 256] / 1e3) / next(row.seconds for row in prefill if row.new_tokens == 512))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from browser.solved import assert_solved
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
@@ -89,6 +90,7 @@ def test_a_panel_fills_its_cell_whatever_its_width(open_notebook, write_notebook
 def test_the_block_map_of_chapter_01_steps(open_notebook, lang, word):
     notebook = open_notebook(f"solutions/{lang}/01_block_manager.ipynb")
     notebook.run_all()
+    assert_solved(notebook)
     panel = notebook.panel("widgets.BlockMap(small")  # the one with a live manager behind it, after the whole chapter
     before, _ = notebook.press_and_see_change(panel)
     assert word in before
@@ -104,6 +106,7 @@ def test_the_block_map_of_chapter_01_steps(open_notebook, lang, word):
 def test_a_batch_timeline_goes_back(open_notebook, lang, chapter, code):
     notebook = open_notebook(f"solutions/{lang}/{chapter}.ipynb")
     notebook.run_all()
+    assert_solved(notebook)
     notebook.press_and_see_change(notebook.panel(code), ".nanopd-back")
     notebook.screenshot(f"{chapter}-{lang}")
     notebook.assert_quiet()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from browser.solved import assert_solved
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
@@ -13,6 +14,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 def test_the_timeline_and_the_times_of_transfers_answer(open_notebook, lang, hidden, measured):
     notebook = open_notebook(f"solutions/{lang}/05_workers.ipynb")
     notebook.run_all()
+    assert_solved(notebook)
     timeline = notebook.panel("widgets.ClusterTimeline(")
     before, _ = notebook.press_and_see_change(timeline, ".nanopd-back")
     assert hidden in before and "→ D1" in before

@@ -7,6 +7,7 @@ further one costs little, and together they watch every part of the block table.
 from __future__ import annotations
 
 import re
+from itertools import product
 
 import pytest
 
@@ -42,9 +43,9 @@ def pipelines(**options: object) -> dict[str, Client]:
             "disaggregated": Cluster("tiny", "P:cpu D:cpu", "disaggregated", **options)}
 
 
-@pytest.mark.parametrize("pipeline", ["collocated", "disaggregated"])
-@pytest.mark.parametrize("lang", ["en", "zh"])
-@pytest.mark.parametrize("num_tokens", [256, 1024, 3500])
+@pytest.mark.parametrize(("num_tokens", "lang", "pipeline"), [
+    *product([256, 1024], ["en", "zh"], ["collocated", "disaggregated"]), (3500, "en", "disaggregated"), (3500, "zh", "collocated"),
+    *(pytest.param(3500, *case, marks=pytest.mark.nightly) for case in [("en", "collocated"), ("zh", "disaggregated")])])
 def test_every_code_of_a_list_is_found(num_tokens: int, lang: Lang, pipeline: str) -> None:
     client = pipelines()[pipeline]
     asked = questions(num_tokens, num_tokens, lang)

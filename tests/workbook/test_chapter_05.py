@@ -14,7 +14,7 @@ from nanopd.workbook.check import check
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 
-@pytest.fixture(autouse=True, params=["en", "zh"])
+@pytest.fixture(autouse=True, params=[pytest.param("en", marks=pytest.mark.nightly), "zh"])
 def language(request, monkeypatch):
     monkeypatch.delenv("NANOPD_STRICT_CHECKS", raising=False)
     set_language(request.param)

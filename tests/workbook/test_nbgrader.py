@@ -103,7 +103,7 @@ def nbgrader(course: Path, *arguments: str) -> None:
     """Run its command line with a strict check, finding this `nanopd`, and alembic beside the interpreter."""
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(PACKAGE_ROOT),
+        "PYTHONPATH": os.pathsep.join([str(PACKAGE_ROOT), os.environ["PYTHONPATH"]]),
         "NANOPD_STRICT_CHECKS": "1",
     }
     done = subprocess.run([sys.executable, "-m", "nbgrader", *arguments], cwd=course, env=environment, text=True,

@@ -39,7 +39,7 @@ def cpu_seconds(pid):
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def wait_until(condition, timeout=20.0, pause=0.01):
+def wait_until(condition, timeout=90.0, pause=0.01):
     """Whether it came true in time."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -125,7 +125,7 @@ def check_any_moment(reference, load, **options):
 
 
 def test_faults_at_any_moment(reference, load):
-    check_any_moment(reference, load, max_examples=16)
+    check_any_moment(reference, load, max_examples=10)
 
 
 @pytest.mark.nightly

@@ -570,34 +570,46 @@ def test_answers_that_end_in_one_step_all_reach_their_stream(reference, cluster)
     assert sorted(event.index for event in stream if event.finish_reason is not None) == [0, 1, 2]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-@given(requests=st.lists(asked, min_size=1, max_size=6), chunk=st.sampled_from([None, 3]), blocks=st.integers(12, 16),
-       cancels=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 5)), max_size=4), caching=st.booleans())
-def test_any_requests_and_cancels_end_once_and_leave_nothing(reference, requests, chunk, blocks, cancels, caching):
-    with reference.cluster(prefill_chunk_size=chunk, num_gpu_blocks_override=blocks, enable_prefix_caching=caching,
-                           max_num_seqs=4) as cluster:
-        served = {}
-        for token_ids, sampling in requests:
-            try:
-                served[submit(cluster, token_ids, sampling)] = token_ids, sampling
-            except InvalidRequest:
-                continue
-        streams = list(served)
-        cancelled, ends = set(), []
-        for now in range(500):
-            for moment, index in cancels:
-                if moment == now and index < len(streams) and not streams[index].finished:
-                    streams[index].close()
-                    cancelled.add(streams[index])
-            if not cluster.has_work:
-                break
-            ends += [(event.request_id, event.index) for event in cluster.step() if event.finish_reason is not None]
-        assert all(stream.finished for stream in streams)
-        whole = [stream for stream in streams if stream not in cancelled]
-        every_answer = {(stream.request_id, index) for stream in whole for index in range(served[stream][1].n)}
-        assert len(set(ends)) == len(ends) and every_answer <= set(ends)
-        assert_tokens_equal_reference([stream.result() for stream in whole], [served[stream] for stream in whole], reference)
-        assert_nothing_leaked(cluster)
+def check_any_requests(reference, **options):
+    @settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), **options)
+    @given(requests=st.lists(asked, min_size=1, max_size=6), chunk=st.sampled_from([None, 3]), blocks=st.integers(12, 16),
+           cancels=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 5)), max_size=4), caching=st.booleans())
+    def check(requests, chunk, blocks, cancels, caching):
+        with reference.cluster(prefill_chunk_size=chunk, num_gpu_blocks_override=blocks, enable_prefix_caching=caching,
+                               max_num_seqs=4) as cluster:
+            served = {}
+            for token_ids, sampling in requests:
+                try:
+                    served[submit(cluster, token_ids, sampling)] = token_ids, sampling
+                except InvalidRequest:
+                    continue
+            streams = list(served)
+            cancelled, ends = set(), []
+            for now in range(500):
+                for moment, index in cancels:
+                    if moment == now and index < len(streams) and not streams[index].finished:
+                        streams[index].close()
+                        cancelled.add(streams[index])
+                if not cluster.has_work:
+                    break
+                ends += [(event.request_id, event.index) for event in cluster.step() if event.finish_reason is not None]
+            assert all(stream.finished for stream in streams)
+            whole = [stream for stream in streams if stream not in cancelled]
+            every_answer = {(stream.request_id, index) for stream in whole for index in range(served[stream][1].n)}
+            assert len(set(ends)) == len(ends) and every_answer <= set(ends)
+            assert_tokens_equal_reference([stream.result() for stream in whole], [served[stream] for stream in whole], reference)
+            assert_nothing_leaked(cluster)
+
+    check()
+
+
+def test_any_requests_and_cancels_end_once_and_leave_nothing(reference):
+    check_any_requests(reference, max_examples=12, derandomize=True)
+
+
+@pytest.mark.nightly
+def test_any_requests_and_cancels_for_long(reference):
+    check_any_requests(reference, max_examples=200, print_blob=True)
 
 
 def test_nothing_is_held_once_the_last_request_has_ended() -> None:
