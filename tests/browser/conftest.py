@@ -260,7 +260,7 @@ def _environment(home: Path) -> dict[str, str]:
                "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
     environment = {name: value for name, value in os.environ.items() if not re.match("NANOPD_|JUPYTER", name)}
     return environment | {name: str(home / folder) for name, folder in folders.items()} | {
-        "PYTHONPATH": str(Path(nanopd.__file__).parents[1])}
+        "PYTHONPATH": os.pathsep.join([str(Path(nanopd.__file__).parents[1]), os.environ["PYTHONPATH"]])}
 
 
 def _free_port() -> int:
