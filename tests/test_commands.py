@@ -49,6 +49,7 @@ TABLE = {
     r"nanopd bench report --recorded": RUNS,
     r"nanopd bench report sweep": "draws what was measured on GPUs",
     r"nanopd bench serve .*": NIGHTLY,
+    r"nanopd bench record --device cpu .*": NIGHTLY,
     r"nanopd bench \w+( .*)?": "needs a GPU",
     r"nanopd profile --model qwen3-8b .*": "needs a GPU",
     r"nanopd profile": NIGHTLY,  # half a minute
