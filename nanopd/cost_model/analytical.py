@@ -11,7 +11,7 @@ Queueing is not here: the router knows what waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -78,7 +78,7 @@ NOTHING = StepWork()
 class Parameters(Checked):
     """Measured constants. Those that may be 0 can be too small to be seen."""
 
-    AT_LEAST: ClassVar = {"pair_seconds": 0, "context_token_seconds": 0, "latency_seconds": 0, "sharpness": 1}
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"pair_seconds": 0, "context_token_seconds": 0, "latency_seconds": 0, "sharpness": 1}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class MixedCost(Parameters):
     lone prompt waits for its launch.
     """
 
-    AT_LEAST: ClassVar = Parameters.AT_LEAST | {"sequence_seconds": 0}
+    AT_LEAST: ClassVar[Mapping[str, float]] = Parameters.AT_LEAST | {"sequence_seconds": 0}
 
     floor_seconds: float
     token_seconds: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from nanopd.cost_model.checks import Checked
 
 @dataclass(frozen=True)
 class Measurement(Checked):
-    AT_LEAST: ClassVar = {"cached_tokens": 0}
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"cached_tokens": 0}
 
     seconds: float
 

@@ -191,11 +191,9 @@ class CostModelExplorer(Panel):
         self.model_buttons.disabled = self.profile is None
         for control in self.parameters.values():
             control.disabled = isinstance(self.costs, FittedModel)
-        self._draw_map()
-        # Traces of one batch have to be given the same properties: in the page, one that is not given a property loses it.
         with self.figure.batch_update():
+            self._draw_map()
             self._draw_bars()
-        with self.figure.batch_update():
             for place, quantity in enumerate(ROWS):
                 self._draw_rows(place, quantity)
         self.message.value = self.sentence

@@ -44,8 +44,7 @@ class RoutingMicroscope(Panel):
         super().__init__(self._bare_figure(), above=[self.picker, self.message])
         self.add_class("nanopd-routing-microscope")
         self.names = {way: [name for name, one in self.explanations.items() if way_of(one) == way] for way in WAYS}
-        for way, trace in zip(WAYS, self.figure.data):
-            trace.on_click(lambda trace, points, state, way=way: self._clicked(way, points.point_inds))
+        self.view.on_click(self._clicked)
         self.picker.observe(lambda _: self._redraw(), names="value")
         self._redraw()
 
@@ -79,9 +78,10 @@ class RoutingMicroscope(Panel):
                  "yanchor": "top"}
         return figure.update_layout(margin_t=130, height=figure.layout.height + 80, title=title)
 
-    def _clicked(self, way: str, indices: list[int]) -> None:
-        if indices:
-            self.pick(self.names[way][indices[0]])
+    def _clicked(self, trace: int, point: int) -> None:
+        ways = list(WAYS)  # a trace each, and then those that cannot be picked from
+        if trace < len(ways):
+            self.pick(self.names[ways[trace]][point])
 
     def _redraw(self) -> None:
         with self.figure.batch_update():

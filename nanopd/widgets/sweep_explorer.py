@@ -194,21 +194,21 @@ class SweepExplorer(Panel):
     # Drawing
 
     def _redraw(self) -> None:
+        with self.figure.batch_update():
+            self._draw()
+        self.message.value = self.sentence
+
+    def _draw(self) -> None:
         traces = iter(self.figure.data)
-        with self.figure.batch_update():
-            for cells in self.lines.values():
-                self._draw_goodput(next(traces), cells)
-        with self.figure.batch_update():
-            for name in ("ttft", "tpot"):
-                for cells in self.lines.values():
-                    values = [cell.latency(name, SHARES[self.share.value]) for cell in cells]
-                    next(traces).update(x=[cell.rate for cell in cells], y=[value and 1e3 * value for value in values])
-        with self.figure.batch_update():
-            for bound in (self.ttft.value, self.tpot.value):
-                next(traces).update(x=self._span, y=[bound, bound])
+        for cells in self.lines.values():
+            self._draw_goodput(next(traces), cells)
         for place, name in enumerate(("ttft", "tpot"), 1):
             self.figure.layout.annotations[place].text = t(f"sweep.{name}_title", share=self.share.value)
-        self.message.value = self.sentence
+            for cells in self.lines.values():
+                values = [cell.latency(name, SHARES[self.share.value]) for cell in cells]
+                next(traces).update(x=[cell.rate for cell in cells], y=[value and 1e3 * value for value in values])
+        for bound in (self.ttft.value, self.tpot.value):
+            next(traces).update(x=self._span, y=[bound, bound])
 
     def _draw_goodput(self, trace: go.Scatter, cells: Sequence[Cell]) -> None:
         good, ends = [cell.goodput(self.slo) for cell in cells], [cell.interval(self.slo) for cell in cells]

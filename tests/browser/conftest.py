@@ -134,9 +134,9 @@ class OpenNotebook:
         """Press the panel's first button under `selector` and wait until its figure is another one."""
         return self._act_and_see_change(panel, selector, lambda button, time: button.click(timeout=time))
 
-    def slide_and_see_change(self, panel: Any, key: str = "ArrowRight") -> tuple[str, str]:
-        """Move the panel's first slider by one step of the keyboard, and wait as above."""
-        return self._act_and_see_change(panel, ".noUi-handle", lambda handle, time: handle.press(key, timeout=time))
+    def slide_and_see_change(self, panel: Any, key: str = "ArrowRight", slider: str = "") -> tuple[str, str]:
+        """Press a key on the panel's first slider (under the selector `slider`), and wait as above."""
+        return self._act_and_see_change(panel, f"{slider} .noUi-handle", lambda handle, time: handle.press(key, timeout=time))
 
     def _act_and_see_change(self, panel: Any, selector: str, act: Callable[[Any, float], None]) -> tuple[str, str]:
         before, time = self.figure_of(panel), WIDGET_SECONDS * 1000

@@ -59,9 +59,12 @@ def test_a_request_is_picked_from_the_list_or_by_a_click():
     assert panel.picker.value == "1"
     panel.picker.value = "2"
     assert "Request <b>2</b>" in panel.message.value and "P0 -> D0 ✓" in bar(panel, "prefill")
-    panel._clicked("disaggregated", [1])
+    said_by_page = panel.view._handle_custom_msg
+    said_by_page({"clicked": [[1, 1]]}, [])  # the second of those that went the other way
     assert panel.picker.value == "3"
-    panel._clicked("collocated", [])
+    said_by_page({"clicked": []}, [])
+    said_by_page({"clicked": [[2, 0]]}, [])  # the ring around the one that is picked
+    said_by_page({"clicked": [[5, 0]]}, [])  # a bar
     assert panel.picker.value == "3"
     with pytest.raises(KeyError, match="there are 1, 2, 3"):
         panel.pick("4")
