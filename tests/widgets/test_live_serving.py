@@ -55,7 +55,8 @@ def picture():
 
 
 def test_what_was_seen_is_drawn(panel):
-    draw(panel.figure, picture())
+    with panel.figure.batch_update():
+        draw(panel.figure, picture())
     assert (list(trace(panel, "sent collocated").x), list(trace(panel, "sent collocated").y)) == ([1.1], [40])
     assert (list(trace(panel, "sent disaggregated").x), list(trace(panel, "sent disaggregated").y)) == ([1.6], [200])
     assert "<b>1</b>" in trace(panel, "sent disaggregated").hovertext[0]
