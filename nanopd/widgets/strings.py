@@ -389,13 +389,13 @@ STRINGS: dict[str, tuple[str, str]] = {
     ),
     "replay.over": (" · the recording ends here", " · 录制到此结束"),
     "replay.none_of": (
-        "No run was recorded on “{device}”. Where there is such a device, <code>nanopd bench record</code> makes one. "
+        "No run was recorded on “{device}”. Where there is such a device, <b>nanopd bench record</b> makes one. "
         "Recorded so far: {there}.",
-        "没有在“{device}”上录制过的运行。手边有这种设备的话，用 <code>nanopd bench record</code> 就能录一份。目前录过的有：{there}。",
+        "没有在“{device}”上录制过的运行。手边有这种设备的话，用 <b>nanopd bench record</b> 就能录一份。目前录过的有：{there}。",
     ),
     "replay.none": (
-        "Nothing to replay: no run has been recorded. <code>nanopd bench record</code> makes one on any machine.",
-        "没有可回放的：还没有录制过任何运行。在哪台机器上都可以用 <code>nanopd bench record</code> 录一份。",
+        "Nothing to replay: no run has been recorded. <b>nanopd bench record</b> makes one on any machine.",
+        "没有可回放的：还没有录制过任何运行。在哪台机器上都可以用 <b>nanopd bench record</b> 录一份。",
     ),
     # routing microscope
     "microscope.request": ("request", "请求"),

@@ -83,6 +83,7 @@ def test_where_none_was_recorded_it_says_so_and_shows_what_there_is(monkeypatch)
     assert "Recorded so far: cpu" in panel.message.value and panel.recording.device == CPU
     panel.show(0)
     assert "No run was recorded" in panel.message.value, "moving about does not wipe it away"
+    assert "<code>" not in panel.snapshot().layout.title.text, "a figure's title knows no such tag"
 
 
 def test_a_device_that_has_some_gets_its_own(monkeypatch):
