@@ -42,13 +42,15 @@ TABLE = {
     r"python -m pytest .*": "are these tests",
     r"python -m nanopd\.workbook\.builder --check .*": "is a part of make test",
     r"python -m nanopd\.workbook\.builder --stamp .*": "changes the checkout",
+    r"python -m nanopd\.benchmark\.report\.figures": "changes the checkout; benchmark/report/test_figures.py looks at what it draws",
     r"nanopd doctor": RUNS,
     r"nanopd generate --model Qwen/.*": "downloads from the hub",
     r"nanopd generate .*": RUNS,
     r"nanopd bench scheduler .*": RUNS,
     r"nanopd bench report --recorded": RUNS,
     r"nanopd bench report sweep": "draws what was measured on GPUs",
-    r"nanopd bench serve .*": NIGHTLY,
+    r"nanopd bench serve .*--model .*": "needs a GPU, or a server that is not there",
+    r"nanopd bench serve( .*)?": NIGHTLY,
     r"nanopd bench record --device cpu .*": NIGHTLY,
     r"nanopd bench \w+( .*)?": "needs a GPU",
     r"nanopd profile --model qwen3-8b .*": "needs a GPU",
@@ -65,6 +67,7 @@ TABLE = {
     r"nanopd lab grade .*": "marks what somebody has handed in",
     r"docker run .* nanopd lab grade .*": "needs docker",
     r"vllm .*": "another project's",
+    r"python -m sglang\..*": "another project's",
 }
 
 
@@ -160,6 +163,8 @@ def problem_of(words: list[str]) -> str | None:
             return None
         case ["python", "-m", "pytest", *rest]:
             return _problem_of_tests(rest)
+        case ["python", "-m", "sglang.launch_server", *_]:
+            return None
         case ["python", "-m", module, *rest]:
             if importlib.util.find_spec(module) is None:
                 return f"no module {module}"

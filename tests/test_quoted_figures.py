@@ -109,6 +109,8 @@ def test_what_the_text_concludes_follows_from_the_rows():
                for one, other in zip(apart, both)), "a later first token at every rate"
     assert apart[-1]["tpot_p99_ms"] / both[-1]["tpot_p99_ms"] == pytest.approx(0.5, abs=0.05), "half the time per token at p99"
     assert apart[-1]["ttft_p99_ms"] > 3 * both[-1]["ttft_p99_ms"], "a much later one"
+    grows = [side[-1]["tpot_p99_ms"] / side[0]["tpot_p99_ms"] for side in (apart, both)]
+    assert grows[0] < 1.2 and grows[1] == pytest.approx(2, abs=0.2), "hardly grows with the rate; doubles"
     closed = row("cluster", clients=96)
     assert closed["requests_s"] < closed["collocated_requests_s"], "nor more requests"
     assert not [row for row in load("routing").rows if row["mode"] == "adaptive"], "the README says that there are none"

@@ -1,7 +1,7 @@
 """`nanopd bench sweep`: the same loads in each mode on as many GPUs, one run after the other, each saved when it is over.
 
-A cell is a `RunSettings`: a mode with its topology, a workload, a rate, a seed. What its clients send depends on workload, rate
-and seed alone, so it is the same in every mode. Cells of a topology and mode share a cluster, for that takes long to start; an
+A cell is a `RunSettings`: a mode with its topology, a workload at a rate or a trace sped up to it, a seed. What its clients send
+depends on these alone, so it is the same in every mode. Cells of a topology and mode share a cluster, for that takes long to start; an
 adaptive one begins each cell as if it had just started. A finished cell is a file in the folder, named by its settings: begun
 again after whatever ended it, a sweep does what is missing. No torch but to serve.
 
@@ -27,16 +27,16 @@ from nanopd.benchmark.load.run import RunRecord, RunSettings, open_cluster, run_
 from nanopd.benchmark.load.workloads import workload
 from nanopd.benchmark.results import slug, write_whole
 from nanopd.benchmark.show import progress
+from nanopd.benchmark.sweep_loads import as_recorded, at_rate, mix_of, name_of, rate_of, span, words
 from nanopd.config import ConfigError, Topology
 from nanopd.cost_model.presets import preset_names, preset_path
 from nanopd.cost_model.profile import Profile
-from nanopd.router.planner import Mix, Planner, Split, WorkerSize
+from nanopd.router.planner import Planner, Split, WorkerSize
 
 if TYPE_CHECKING:
     from nanopd.cluster import Cluster
 
 MODES = ("collocated", "disaggregated", "adaptive")
-DRAWN = 256  # requests, about, by which the planner judges a workload
 BLOCK_SIZE = 16
 PROFILE = "profile.json"  # in the sweep's folder, where the machine had to be measured
 
@@ -48,6 +48,7 @@ class Case:
     base: RunSettings
     workloads: tuple[str, ...]
     shares: tuple[float, ...]
+    requests: int  # of a trace
     start_seconds: float  # of a cluster, before one was started
     profile_seconds: float
 
@@ -57,18 +58,20 @@ CASES = {
         RunSettings(model="qwen3-8b", executor="process", dtype="bfloat16", load_format="dummy", max_num_seqs=256,
                     max_num_batched_tokens=2048, max_model_len=8192, kv_blocks=24_576, warmup=4.0, window=15.0, tail=2.0,
                     slo_ttft_ms=500.0, slo_tpot_ms=12.0),
-        workloads=("short", "long", "mixed"), shares=(0.3, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5), start_seconds=40.0, profile_seconds=40.0),
+        workloads=("short", "long", "mixed"), shares=(0.3, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5), requests=300, start_seconds=40.0,
+        profile_seconds=40.0),
     "cpu": Case(
         RunSettings(model="tiny", executor="process", max_num_seqs=16, max_num_batched_tokens=128, max_model_len=512, kv_blocks=512,
                     warmup=0.5, window=2.0, slo_ttft_ms=1000.0, slo_tpot_ms=100.0),
-        workloads=("16-64/16", "128-320/16"), shares=(0.5, 1.0), start_seconds=5.0, profile_seconds=6.0),
+        workloads=("16-64/16", "128-320/16"), shares=(0.5, 1.0), requests=50, start_seconds=5.0, profile_seconds=6.0),
 }
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is to be swept. Modes are names, or MODE=TOPOLOGY. Without rates, shares of what the planner estimates that the best way
-    to share out so many GPUs serves in time."""
+    """What is to be swept. Modes are names, or MODE=TOPOLOGY; traces are files, each one more workload, of which so many requests are
+    replayed at each rate. Without rates, shares of what the planner estimates that the best way to share out so many GPUs serves
+    in time."""
 
     base: RunSettings
     gpus: int
@@ -78,12 +81,20 @@ class Grid:
     rates: tuple[float, ...] = ()
     shares: tuple[float, ...] = ()
     device: str = "cuda"
+    traces: tuple[str, ...] = ()
+    requests: int = 0
 
     def check(self) -> None:
-        """Raises ConfigError where a mode or a workload can't be, before anything is measured."""
+        """Raises ConfigError where a mode, a workload or a trace can't be, before anything is measured."""
         self.ways()
         for name in self.workloads:
             workload(name)
+        self.sources()
+
+    def sources(self) -> list[RunSettings]:
+        """The base with each workload and each trace, not at its rates yet."""
+        return [*(replace(self.base, workload=name) for name in self.workloads),
+                *(as_recorded(self.base, path, self.requests) for path in self.traces)]
 
     def ways(self) -> list[tuple[str, Topology]]:
         """Modes and topologies, as many GPUs in each. Raises ConfigError where they are not."""
@@ -97,10 +108,10 @@ class Grid:
             raise ConfigError(f"modes are compared on equal numbers of GPUs: '{topology}' uses {used}, the sweep has {self.gpus}")
         return mode, topology
 
-    def settings(self, mode: str, topology: Topology, **others: Any) -> RunSettings:
-        """The base in this mode. The KV cache of a GPU is shared out evenly among the workers on it."""
+    def settings(self, load: RunSettings, mode: str, topology: Topology, **others: Any) -> RunSettings:
+        """A load in this mode. The KV cache of a GPU is shared out evenly among the workers on it."""
         blocks = self.base.kv_blocks and self.base.kv_blocks * self.gpus // len(topology.placements)
-        return replace(self.base, mode=mode, topology=str(topology), kv_blocks=blocks, **others)
+        return replace(load, mode=mode, topology=str(topology), kv_blocks=blocks, **others)
 
     @property
     def size(self) -> WorkerSize:
@@ -145,39 +156,29 @@ class Known:
 def plan(grid: Grid, known: Known | None) -> list[RunSettings]:
     """All cells, those of a topology and mode in a row. Raises ConfigError for settings that can't be, and where rates or adaptive
     mode need a profile and there is none."""
-    rates = {name: list(grid.rates) or _rates(grid, name, known) for name in grid.workloads}
+    loads = [at_rate(source, rate) for source in grid.sources() for rate in grid.rates or _rates(grid, source, known)]
+    loads = [replace(load, seed=seed) for seed in grid.seeds for load in loads]
+    for load in loads:
+        if load.trace is None:  # whose requests are cut
+            load.schedule(load.max_model_len)  # says so now where requests are too long
     cells = []
     for mode, topology in grid.ways():
         if mode == "adaptive" and known is None:
             raise ConfigError("adaptive mode needs a profile: give one, or leave it out")
         profile = known.name if mode == "adaptive" else None
-        cells += [grid.settings(mode, topology, workload=name, rate=rate, seed=seed, profile=profile)
-                  for seed in grid.seeds for name in grid.workloads for rate in rates[name]]
-    for cell in cells:
-        cell.schedule(cell.max_model_len)  # says so now where requests are too long
+        cells += [grid.settings(load, mode, topology, profile=profile) for load in loads]
     return cells
 
 
-def _rates(grid: Grid, name: str, known: Known | None) -> list[float]:
+def _rates(grid: Grid, source: RunSettings, known: Known | None) -> list[float]:
     if known is None:
         raise ConfigError("shares of a capacity need a profile to estimate it by: give one, or rates")
-    best = max(rate for _, rate in Planner(known.profile.cost, grid.size, grid.base.slo).rank(grid.gpus, _mix(grid.base, name)))
+    slo = grid.base.slo
+    best = max(rate for _, rate in Planner(known.profile.cost, grid.size, slo).rank(grid.gpus, mix_of(source)))
     if not best:
-        slo = grid.base.slo
-        raise ConfigError(f"shares of nothing: by the profile, {name!r} meets TTFT {slo.ttft:g} s and TPOT {slo.tpot:g} s at no rate; "
-                          "loosen the SLO, or give rates")
+        raise ConfigError(f"shares of nothing: by the profile, {name_of(source)!r} meets TTFT {slo.ttft:g} s and TPOT {slo.tpot:g} s at "
+                          "no rate; loosen the SLO, or give rates")
     return [float(f"{share * best:.3g}") for share in grid.shares]
-
-
-def _mix(base: RunSettings, name: str) -> Mix:
-    """A sample of a workload, as long as the workers take."""
-    sample = replace(base, workload=name, rate=1.0, warmup=0.0, window=float(DRAWN), tail=0.0, seed=0)
-    return Mix(tuple((one.prompt_len, one.output_len) for one in sample.schedule(base.max_model_len).arrivals))
-
-
-def span(cell: RunSettings) -> float:
-    """Seconds in which requests come."""
-    return cell.warmup + cell.window + cell.tail
 
 
 class Pace:
@@ -197,8 +198,8 @@ class Pace:
             return 1.1 * span(cell)
         planner = Planner(self._cost, self._grid.size)
         split = Split(**{role: sum(each.role == role for each in Topology.parse(cell.topology).placements) for role in "CPD"})
-        capacity = max(planner.capacity(split, _mix(cell, cell.workload)), 1e-3)
-        return 1.0 + span(cell) * max(1.05, cell.rate / capacity)
+        capacity = max(planner.capacity(split, mix_of(cell)), 1e-3)
+        return 1.0 + span(cell) * max(1.05, rate_of(cell) / capacity)
 
     def took(self, cell: RunSettings, seconds: float) -> None:
         self._slower = seconds / self._estimate(cell)
@@ -224,7 +225,8 @@ class Store:
     def path(self, cell: RunSettings) -> Path:
         """Named by what one looks for, and by a hash of all settings: other settings are another cell."""
         settings = hashlib.sha256(json.dumps(asdict(cell), sort_keys=True).encode()).hexdigest()[:8]
-        parts = slug(cell.mode), slug(cell.topology), slug(cell.workload), f"{cell.rate:g}", f"s{cell.seed}", settings
+        pace = f"x{cell.speed_up:g}" if cell.trace else f"{cell.rate:g}"
+        parts = slug(cell.mode), slug(cell.topology), slug(name_of(cell)), pace, f"s{cell.seed}", settings
         return self.folder / f"{'_'.join(parts)}.json"
 
     def has(self, cell: RunSettings) -> bool:
@@ -347,7 +349,7 @@ class _Sweep:
 
 
 def title(cell: RunSettings) -> str:
-    return f"{cell.mode} '{cell.topology}', {cell.workload}, {cell.rate:g}/s, seed {cell.seed}"
+    return f"{cell.mode} '{cell.topology}', {words(cell)}, seed {cell.seed}"
 
 
 def said(record: RunRecord) -> str:
@@ -386,7 +388,7 @@ def measure(grid: Grid, out: Path, seconds: float) -> Known:
 
     topology = Topology.parse(default_topology("adaptive", grid.gpus, grid.device))
     progress(f"measuring '{topology}' first, about {seconds:.0f} s")
-    with open_cluster(grid.settings("collocated", topology)) as cluster:
+    with open_cluster(grid.settings(grid.base, "collocated", topology)) as cluster:
         profile_cluster(cluster, seconds=seconds).save(out / PROFILE)
     return Known.of(str(out / PROFILE))
 

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nanopd.benchmark.load.command import positive
 from nanopd.benchmark.load.run import RunRecord
+from nanopd.benchmark.load.workloads import NAMES
 from nanopd.benchmark.results import RECORDED
 from nanopd.benchmark.sweep import (
     CASES,
@@ -33,7 +35,7 @@ INTERRUPTED = 130
 
 def add_parsers(commands: Any) -> None:
     """`sweep` and `report`, beside the other benchmarks."""
-    text = "Modes x workloads x rates x seeds on as many GPUs each; goes on where it was stopped, whatever stopped it."
+    text = "Modes x workloads or traces x rates x seeds on as many GPUs each; goes on where it was stopped, whatever stopped it."
     sweep = commands.add_parser("sweep", help=text, description=f"{text} Ends with 1 where a cell failed, with 3 where --budget left some.")
     _sweep_options(sweep)
     sweep.set_defaults(run=_sweep)
@@ -52,12 +54,18 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="random weights, except for 'tiny'; default: qwen3-8b, or tiny on the CPU")
     parser.add_argument("--modes", nargs="+", default=list(MODES), metavar="MODE[=TOPOLOGY]",
                         help="such as collocated 'disaggregated=P:0 D:1'; default: %(default)s")
-    parser.add_argument("--workloads", nargs="+", metavar="NAME", help="short, long, mixed, or PROMPTS/OUTPUTS such as 64-256/128")
+    parser.add_argument("--workloads", nargs="+", metavar="NAME", help=f"{', '.join(NAMES)}, or PROMPTS/OUTPUTS such as 64-256/128")
+    parser.add_argument("--trace", nargs="+", default=[], metavar="FILE",
+                        help="recorded requests, Azure's CSV or Mooncake's JSON lines, sped up to each rate: a workload more, or the only "
+                             "one where no --workloads are named")
+    parser.add_argument("--requests", type=positive, metavar="N", help="of a trace, the same at each rate; default: "
+                        + ", ".join(f"{case.requests} ({device})" for device, case in CASES.items()))
     load = parser.add_mutually_exclusive_group()
     load.add_argument("--rates", nargs="+", type=_above_0, metavar="R", help="requests a second")
     load.add_argument("--shares", nargs="+", type=_above_0, metavar="X", help="of what the planner says the best way can serve in time")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="S")
-    parser.add_argument("--window", type=_above_0, metavar="SECONDS", help="in which requests come that count")
+    parser.add_argument("--window", type=_above_0, metavar="SECONDS", help="in which requests come that count; of a trace it is as long as "
+                        "its requests take")
     parser.add_argument("--warmup", type=_seconds, metavar="SECONDS", help="before it")
     parser.add_argument("--tail", type=_seconds, metavar="SECONDS", help="after it, in which requests go on to come")
     parser.add_argument("--slo-ttft", type=_above_0, metavar="MS")
@@ -92,8 +100,9 @@ def _grid(options: argparse.Namespace, case: Case) -> Grid:
              "slo_ttft_ms": options.slo_ttft, "slo_tpot_ms": options.slo_tpot, "executor": options.executor}
     base = replace(case.base, **{name: value for name, value in given.items() if value is not None})
     rates, shares = tuple(options.rates or ()), tuple(options.shares or case.shares)
-    return Grid(base, options.gpus, tuple(options.modes), tuple(options.workloads or case.workloads), tuple(options.seeds), rates, shares,
-                options.device)
+    workloads = options.workloads or (() if options.trace else case.workloads)
+    return Grid(base, options.gpus, tuple(options.modes), tuple(workloads), tuple(options.seeds), rates, shares, options.device,
+                tuple(options.trace), options.requests or case.requests)
 
 
 def _sweep(options: argparse.Namespace) -> int:

@@ -77,7 +77,8 @@ def test_the_same_seed_gives_the_same_arrivals_in_every_mode():
 
 def test_rates_are_shares_of_what_the_best_way_serves_in_time():
     cells = plan(grid(rates=(), shares=(0.5, 1.5), workloads=("mixed",), seeds=(0,)), KNOWN)
-    best = max(rate for _, rate in Planner(preset(PRESET).cost, grid().size, BASE.slo).rank(2, sweep._mix(BASE, "mixed")))
+    mix = sweep.mix_of(replace(BASE, workload="mixed"))
+    best = max(rate for _, rate in Planner(preset(PRESET).cost, grid().size, BASE.slo).rank(2, mix))
     assert sorted({cell.rate for cell in cells}) == pytest.approx([0.5 * best, 1.5 * best], rel=5e-3)
 
 
@@ -236,7 +237,8 @@ def test_stopped_within_a_cell_it_is_not_recorded_and_done_later(monkeypatch, tm
 
 
 def test_estimates_follow_what_was_seen():
-    pace, cell = Pace(grid(), KNOWN, 40.0), grid().settings("collocated", Topology.parse("C:0 C:1"), workload="mixed", rate=5.0)
+    pace, load = Pace(grid(), KNOWN, 40.0), replace(BASE, workload="mixed", rate=5.0)
+    cell = grid().settings(load, "collocated", Topology.parse("C:0 C:1"))
     before = pace.cell(cell)
     assert before >= sweep.span(cell)
     pace.took(cell, 3 * before)

@@ -20,7 +20,7 @@ from nanopd.server.app import Served
 from nanopd.server.command import Server, listen
 from nanopd.server.driver import Driver
 
-MODES = {"C:cpu": "collocated", "P:cpu D:cpu": "disaggregated"}
+MODES = {"C:cpu": "collocated", "P:cpu D:cpu": "disaggregated", "C:cpu P:cpu D:cpu": "adaptive"}
 # Long enough to be under way for as long as a test needs, for "tiny" writes one step after another.
 LONG = dict(prompt="What is 47+35?", max_tokens=3000, temperature=0, ignore_eos=True)
 

@@ -48,11 +48,11 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--transport", help="between processes: auto, peer, relay or collective")
     group.add_argument("--dtype", help="float32, bfloat16 or float16")
     group.add_argument("--load-format", choices=("auto", "dummy"), help="dummy: random weights")
-    group.add_argument("--max-num-seqs", type=_positive, metavar="N", help="sequences in a step")
-    group.add_argument("--max-num-batched-tokens", type=_positive, metavar="N", help="tokens in a step")
-    group.add_argument("--max-model-len", type=_positive, metavar="N",
+    group.add_argument("--max-num-seqs", type=positive, metavar="N", help="sequences in a step")
+    group.add_argument("--max-num-batched-tokens", type=positive, metavar="N", help="tokens in a step")
+    group.add_argument("--max-model-len", type=positive, metavar="N",
                        help="longest prompt and answer together; recorded requests are cut to it")
-    group.add_argument("--kv-blocks", type=_positive, metavar="N", help="of 16 tokens, in each worker's cache")
+    group.add_argument("--kv-blocks", type=positive, metavar="N", help="of 16 tokens, in each worker's cache")
     group.add_argument("--profile", metavar="FILE", help="what adaptive mode goes by; default: it is measured at the start")
     group.add_argument("--endpoint", metavar="URL", help="such as http://localhost:8000, of a server that runs --model already; a key, "
                                                          "where it wants one, is taken from the variable OPENAI_API_KEY")
@@ -77,7 +77,8 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--slo-tpot", type=float, metavar="MS", dest="slo_tpot_ms", help="promised: each token after it, on average")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of at least 1, of an option."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
@@ -90,8 +91,8 @@ def run(options: argparse.Namespace) -> int:
     """Returns the exit code. Raises ConfigError and OSError for what the user can put right."""
     settings = settings_of(options)
     settings.schedule(sys.maxsize)  # says what is wrong with it before anything is started
-    if options.out is not None and not options.out.parent.is_dir():
-        raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)  # says now that it can't be, not when the load is over
     line = _Line()
     try:
         record = _on_endpoint(settings, line) if settings.endpoint else _on_cluster(settings, line)

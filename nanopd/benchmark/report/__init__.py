@@ -9,10 +9,14 @@
 from nanopd.benchmark.report.page import write_report
 from nanopd.benchmark.report.recorded import (
     decode_scaling_figure,
+    first_token_figure,
+    interference_figure,
     lone_request_figure,
     predicted_figure,
+    seed_figure,
     study_crossover_figure,
     study_regret_figure,
+    transfer_bandwidth_figure,
     transfer_interference_figure,
 )
 from nanopd.benchmark.report.runs import load_runs
@@ -33,8 +37,9 @@ from nanopd.benchmark.report.sweeps import (
 )
 
 __all__ = [
-    "Comparison", "breakdown_figure", "crossover_figure", "decode_scaling_figure", "goodput_figure", "latency_figure", "load_runs",
-    "lone_request_figure", "outcomes_figure", "predicted_figure", "regret_figure", "routing_map_figure", "seed_table",
-    "study_crossover_figure", "study_regret_figure", "throughput_figure", "timeline_figure", "to_svg",
-    "transfer_interference_figure", "ttft_by_length_figure", "violin_figure", "write_report",
+    "Comparison", "breakdown_figure", "crossover_figure", "decode_scaling_figure", "first_token_figure", "goodput_figure",
+    "interference_figure", "latency_figure", "load_runs", "lone_request_figure", "outcomes_figure", "predicted_figure",
+    "regret_figure", "routing_map_figure", "seed_figure", "seed_table", "study_crossover_figure", "study_regret_figure",
+    "throughput_figure", "timeline_figure", "to_svg", "transfer_bandwidth_figure", "transfer_interference_figure",
+    "ttft_by_length_figure", "violin_figure", "write_report",
 ]

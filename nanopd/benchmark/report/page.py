@@ -97,6 +97,11 @@ def drawings(runs: Sequence[RunRecord], folder: Path) -> Iterator[Drawing]:
     groups = by_gpus(runs)
     for number, those in groups.items():
         yield from _of_runs(those, f"-{number}-gpus" if len(groups) > 1 else "")
+    for prompts in ("mixed", "long"):
+        yield of_report(f"tokens-{prompts}", "routing", lambda report, prompts=prompts: recorded.first_token_figure(report, prompts))
+    yield of_report("interference", "cluster", recorded.interference_figure)
+    yield Drawing("seed", lambda: recorded.seed_figure(seed_table(lambda bench: load(bench, folder=folder), runs)), "nanopd bench all")
+    yield of_report("transfer", "transfer", recorded.transfer_bandwidth_figure)
     yield of_report("crossover-simulated", "study", recorded.study_crossover_figure)
     yield of_report("regret-simulated", "study", recorded.study_regret_figure)
     yield of_report("predicted", "routing", recorded.predicted_figure)
@@ -176,6 +181,6 @@ def _row(row: Comparison) -> str:
     ours = (f'<td class="number">{row.ours:,.4g} {row.unit}</td>' if row.ours is not None
             else f'<td class="faint">{w("seed.none", command=escape(row.command))}</td>')
     ratio = "" if row.ratio is None else f"{row.ratio:.3g}×"
-    sources = "<br>".join(escape(source) for source in (row.seed_source, row.our_source) if source)
+    sources = "<br>".join(escape(source) for source in (f"{row.device}; {row.seed_source}", row.our_source) if source)
     return (f'<tr><td>{escape(row.what)}</td><td class="number">{row.seed:g} {row.unit}</td>{ours}'
             f'<td class="number">{ratio}</td><td class="faint">{sources}</td><td class="faint">{escape(row.differs)}</td></tr>')

@@ -1,4 +1,4 @@
-"""Figures of other recorded benchmarks: `nanopd bench decode | cluster | routing | study`, and a profile."""
+"""Figures of other recorded benchmarks: `nanopd bench decode | transfer | cluster | routing | study`, a profile, and the seed's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from nanopd.benchmark import study
+from nanopd.benchmark.report.runs import source_of_report
+from nanopd.benchmark.report.seed import Comparison
 from nanopd.benchmark.report.style import (
     MODE_COLOURS,
     MORE_COLOURS,
@@ -20,7 +22,7 @@ from nanopd.benchmark.report.style import (
     panels,
     stroke,
 )
-from nanopd.benchmark.report.sweeps import PHASES, advantage
+from nanopd.benchmark.report.sweeps import PHASES, QUANTILES, NoData, advantage
 from nanopd.benchmark.report.words import named, w
 from nanopd.benchmark.results import Report
 from nanopd.cost_model.analytical import CostModel, StepWork
@@ -30,12 +32,15 @@ DECODES = (1, 8, 64)  # that a prompt holds up
 CONTEXT = 1024  # tokens of each of them
 CHUNK = 2048  # tokens of a prompt in a step at most
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)  # of prompts
+TRANSPORTS = {"peer": MODE_COLOURS["disaggregated"], "relay": MORE_COLOURS[0], "collective": MORE_COLOURS[1]}
+CEILINGS = {"peer_copy_gb_s": "peer", "pinned_to_gpu_gb_s": "relay"}  # what limits a transport
+BLOCK_TOKENS = 16
 MS = 1e3
 
 
 def decode_scaling_figure(report: Report, model: str | None = None) -> go.Figure:
-    """Of `bench decode`: ms a step beside what the bandwidth allows, and tokens a second, by batch size, at the context that most
-    of the rows have. Default: the model of the last row."""
+    """Of `bench decode`: ms a step beside what memory and tensor cores allow, and tokens a second, by batch size, at the context that
+    most of the rows have. Default: the model of the last row."""
     of_model = [row for row in report.rows if row["model"] == (model or report.rows[-1]["model"])]
     contexts = [row["context"] for row in of_model]
     rows = [row for row in of_model if row["context"] == max(contexts, key=contexts.count)]
@@ -47,7 +52,8 @@ def decode_scaling_figure(report: Report, model: str | None = None) -> go.Figure
                                **stroke(colour, dash))
     figure.update_xaxes(type="log", tickvals=batches, ticktext=[str(batch) for batch in batches], title_text=w("batch"))
     figure.update_yaxes(rangemode="tozero")
-    return finish(figure, f"{w('decode.title')} ({rows[0]['model']}, {rows[0]['context']})", report.source)
+    conditions = f"{rows[0]['model']}, {w('decode.context', context=rows[0]['context'])}"
+    return finish(figure, f"{w('decode.title')} ({conditions})", source_of_report(report))
 
 
 def lone_request_figure(report: Report) -> go.Figure:
@@ -65,7 +71,79 @@ def lone_request_figure(report: Report) -> go.Figure:
                            marker_color=PHASES["transfer" if part else "prefill"], showlegend=place == 1, row=1, col=place)
         figure.update_xaxes(in_order(those, (name for name, _ in those)), row=1, col=place)
     figure.update_yaxes(title_text=w("ms"), col=1)
-    return finish(figure, w("lone.title"), report.source)
+    return finish(figure, w("lone.title"), source_of_report(report))
+
+
+def interference_figure(report: Report) -> go.Figure:
+    """Of `bench cluster`: p50 and p99 of a decode step, alone and while long prompts are read, collocated and disaggregated."""
+    rows = {row["mode"]: row for row in report.rows if "p99_ratio" in row}
+    modes = [mode for mode in MODE_COLOURS if mode in rows]
+    figure = panels(1, len(modes), [w("steps.panel", mode=w(mode), decodes=rows[mode]["decodes"]) for mode in modes], shared_yaxes=True)
+    for place, mode in enumerate(modes, 1):
+        row, colour = rows[mode], MODE_COLOURS[mode]
+        times = {w(when): (row[f"{key}p50_ms"], row[f"{key}p99_ms"]) for when, key in (("steps.alone", "pure_"), ("steps.beside", ""))}
+        figure.add_bar(x=[0, 1], y=[p50 for p50, _ in times.values()], name=f"{w(mode)} p50", marker_color=colour, row=1, col=place)
+        figure.add_bar(x=[0, 1], y=[p99 - p50 for p50, p99 in times.values()], name=f"{w(mode)} p99", marker_color=faded(colour, 0.45),
+                       row=1, col=place)
+        texts = (f"{when}<br>{p50:.1f} / {p99:.1f} {w('ms')}" for when, (p50, p99) in times.items())
+        figure.update_xaxes(in_order(times, texts), showgrid=False, row=1, col=place)
+    figure.update_yaxes(title_text=w("ms"), col=1)
+    return finish(figure, w("steps.title"), source_of_report(report))
+
+
+def transfer_bandwidth_figure(report: Report) -> go.Figure:
+    """Of `bench transfer`: GB/s of a prompt's KV by its length, at once and layer by layer, for each transport; and what a plain copy
+    reaches."""
+    figure = panels(1, 1, [])
+    tokens = sorted({BLOCK_TOKENS * row["blocks"] for row in report.rows})
+    for transport, colour in TRANSPORTS.items():
+        for pieces, dash in (("whole", "solid"), ("layers", "dot")):
+            rows = [row for row in report.rows if (row["transport"], row["pieces"]) == (transport, pieces)]
+            figure.add_scatter(x=[BLOCK_TOKENS * row["blocks"] for row in rows], y=[row["gb_s"] for row in rows],
+                               name=f"{transport}, {w(pieces)}", **stroke(colour, dash))
+    for name, transport in CEILINGS.items():
+        rate = report.ceilings[name]
+        figure.add_scatter(x=[tokens[0], tokens[-1]], y=[rate, rate], mode="lines", name=w(name, rate=f"{rate:.0f}"),
+                           line={"color": faded(TRANSPORTS[transport], 0.5), "width": 2, "dash": "dash"})
+    figure.update_xaxes(type="log", title_text=w("prompt"), tickvals=tokens, ticktext=[f"{each:,}" for each in tokens])
+    figure.update_yaxes(type="log", title_text="GB/s")
+    return finish(figure, w("bandwidth.title"), source_of_report(report))
+
+
+def first_token_figure(report: Report, prompts: str) -> go.Figure:
+    """Of `bench routing`: p50 and p99 of TTFT and of TPOT against the rate, of one kind of prompts."""
+    rows = sorted((row for row in report.rows if row["prompts"] == prompts), key=lambda row: row["rate"])
+    figure = panels(1, 2, [w("tokens.ttft"), w("tokens.tpot")])
+    for mode in (each for each in MODE_COLOURS if any(row["mode"] == each for row in rows)):
+        those = [row for row in rows if row["mode"] == mode]
+        for share, dash in QUANTILES.items():
+            quantile = f"p{100 * share:.0f}"
+            for place, what in enumerate(("ttft", "tpot"), 1):
+                figure.add_scatter(x=[row["rate"] for row in those], y=[row[f"{what}_{quantile}_ms"] for row in those],
+                                   name=f"{w(mode)} {quantile}", legendgroup=mode + quantile, showlegend=place == 1, row=1, col=place,
+                                   **stroke(MODE_COLOURS[mode], dash))
+    figure.update_xaxes(title_text=w("rate"))
+    figure.update_yaxes(rangemode="tozero", title_text=w("ms"))
+    return finish(figure, w("tokens.title", prompts=named(prompts)), source_of_report(report))
+
+
+def seed_figure(table: Sequence[Comparison]) -> go.Figure:
+    """By which factor what was measured is better than the seed on the same kind of GPU. Raises NoData where nothing is."""
+    rows = [row for row in table if row.our_source and row.device.split()[-1] in row.our_source]
+    if not rows:
+        raise NoData("nothing was measured on the GPUs that the seed was measured on")
+    figure = panels(1, 1, [])
+    figure.add_bar(orientation="h", y=list(range(len(rows))), x=[row.ratio for row in rows], marker_color=MODE_COLOURS["adaptive"],
+                   name=w("seed.ratio"))
+    figure.update_yaxes(in_order(rows, map(_beside_the_seed, rows)), range=[len(rows) - 0.5, -0.5], showgrid=False)
+    figure.update_xaxes(title_text=w("seed.ratio_axis"), rangemode="tozero")
+    sources = dict.fromkeys([*(row.our_source for row in rows), *(row.seed_source for row in rows)])
+    return finish(figure, w("page.seed"), " · ".join(sources))
+
+
+def _beside_the_seed(row: Comparison) -> str:
+    ours = f"{row.ours:,.0f}" if row.ours >= 100 else f"{row.ours:.3g}"
+    return w("seed.row", what=row.what, seed=f"{row.seed:g}", ours=ours, unit=row.unit, ratio=f"{row.ratio:.1f}")
 
 
 def predicted_figure(report: Report) -> go.Figure:
@@ -83,7 +161,7 @@ def predicted_figure(report: Report) -> go.Figure:
                                        **stroke(MODE_COLOURS[mode], dash))
     figure.update_xaxes(title_text=w("rate"), row=2)
     figure.update_yaxes(rangemode="tozero")
-    return finish(figure, w("predicted.title"), report.source, rows=2)
+    return finish(figure, w("predicted.title"), source_of_report(report), rows=2)
 
 
 def transfer_interference_figure(profile: Profile) -> go.Figure:
@@ -143,7 +221,7 @@ def study_crossover_figure(report: Report, workers: int = 4) -> go.Figure:
 
 def _simulated_by(report: Report) -> str:
     """The device that a simulation ran on says nothing: what it simulated stands in the figure."""
-    return report.source.partition(", ")[2]
+    return source_of_report(report).partition(", ")[2]
 
 
 def _winner(rates: dict[str, float]) -> str:

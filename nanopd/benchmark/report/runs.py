@@ -14,6 +14,7 @@ import numpy as np
 from nanopd.benchmark.load.run import RunRecord
 from nanopd.benchmark.report.style import MODE_COLOURS, MORE_COLOURS
 from nanopd.benchmark.report.words import w
+from nanopd.benchmark.results import Report
 from nanopd.config import MODES, Topology
 from nanopd.metrics import quantile
 
@@ -41,8 +42,10 @@ class Band(NamedTuple):
 
 
 def load_runs(folder: str | Path) -> list[RunRecord]:
-    """The finished cells of a sweep, in the order of mode, topology, workload, rate and seed. Raises FileNotFoundError for none."""
-    found = [_placed(RunRecord.load(path)) for path in sorted(Path(folder).glob("*.json")) if path.name != PROFILE]
+    """The finished cells of a sweep in which any request counted, in the order of mode, topology, workload, rate and seed. Raises
+    FileNotFoundError for none."""
+    read = [RunRecord.load(path) for path in sorted(Path(folder).glob("*.json")) if path.name != PROFILE]
+    found = [_placed(run) for run in read if run.requests["arrival"]]
     if not found:
         raise FileNotFoundError(f"no cells of a sweep in {folder}: make some with `nanopd bench sweep --out {folder}`")
     return sorted(found, key=lambda run: (WAYS.index(run.settings["mode"]), *(
@@ -56,7 +59,7 @@ def _placed(run: RunRecord) -> RunRecord:
         settings |= {"mode": ENDPOINT, "topology": settings["endpoint"]}
     if settings["trace"] is not None:
         arrivals = run.requests["arrival"]
-        seconds = max(arrivals, default=0.0) - min(arrivals, default=0.0)
+        seconds = settings["window"] or max(arrivals, default=0.0) - min(arrivals, default=0.0)
         settings |= {"workload": Path(settings["trace"]).stem, "rate": float(f"{len(arrivals) / seconds:.3g}") if seconds else 0.0}
     return replace(run, settings=settings)
 
@@ -66,6 +69,12 @@ def source_of(runs: Sequence[RunRecord]) -> str:
     models, devices, commits = (_list(map(part, runs)) for part in (lambda run: run.settings["model"], _device, _commit))
     dates = sorted({run.date[:10] for run in runs})
     return f"{models}, {devices}, {' – '.join(dict.fromkeys((dates[0], dates[-1])))}, {commits}, {w('stamp.runs', runs=len(runs))}"
+
+
+def source_of_report(report: Report) -> str:
+    """`Report.source` in the current language."""
+    commit = w("stamp.commit", commit=report.commit[:7]) if report.commit else w("stamp.no_commit")
+    return f"{report.device['name']}, {report.date[:10]}, {commit}{' ' + w('stamp.changes') if report.dirty else ''}"
 
 
 def _device(run: RunRecord) -> str:

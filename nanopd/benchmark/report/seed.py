@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanopd.benchmark.load.run import RunRecord
-from nanopd.benchmark.report.runs import chosen, source_of
+from nanopd.benchmark.report.runs import chosen, source_of, source_of_report
 from nanopd.benchmark.results import Report
 from nanopd.config import Topology
 from nanopd.widgets.strings import pick
@@ -26,6 +26,7 @@ class Comparison:
     what: str
     unit: str
     seed: float
+    device: str  # that the seed was measured on
     seed_source: str
     ours: float | None
     our_source: str | None
@@ -42,7 +43,7 @@ def seed_table(load: Load, runs: Sequence[RunRecord] = ()) -> list[Comparison]:
         found = _of_runs(runs, row["ours"]) if row["ours"]["bench"] == "sweep" else _of_report(load, row["ours"])
         ours, source = found or (None, None)
         ratio = ours and (row["value"] / ours if row["lower_is_better"] else ours / row["value"])
-        rows.append(Comparison(pick(*row["what"]), row["unit"], row["value"], f"{row['device']}; {pick(*data['sources'][row['source']])}",
+        rows.append(Comparison(pick(*row["what"]), row["unit"], row["value"], row["device"], pick(*data["sources"][row["source"]]),
                                ours, source, ratio, pick(*row["differs"]), row["ours"]["command"]))
     return rows
 
@@ -54,7 +55,7 @@ def _of_report(load: Load, ours: dict[str, Any]) -> tuple[float, str] | None:
     except FileNotFoundError:
         return None
     found = [row for row in report.rows if all(row.get(name) == value for name, value in ours["row"].items())]
-    return (found[0][ours["field"]], report.source) if found else None
+    return (found[0][ours["field"]], source_of_report(report)) if found else None
 
 
 def _of_runs(runs: Sequence[RunRecord], ours: dict[str, Any]) -> tuple[float, str] | None:

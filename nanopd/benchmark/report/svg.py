@@ -141,7 +141,9 @@ class _Picture:
         if title.text:
             yield text_svg(title.text, 16, 30, title.font.size or 16, INK)
         if title.subtitle.text:
-            yield text_svg(title.subtitle.text, 16, 50, title.subtitle.font.size or 12, FAINT)
+            size = title.subtitle.font.size or 12
+            fits = min(1.0, (self.width - 32) / text_width(title.subtitle.text, size))  # a source may have much to say
+            yield text_svg(title.subtitle.text, 16, 50, round(size * fits, 1), FAINT)
 
     def _legend(self) -> Iterator[str]:
         shown = [trace for trace in self.figure.data if trace.showlegend is not False and trace.name and trace.type != "heatmap"]

@@ -378,24 +378,22 @@ def breakdown_figure(runs: Sequence[RunRecord]) -> go.Figure:
 
 def timeline_figure(run: RunRecord) -> go.Figure:
     """The first requests of a run that were completed, one below the other: pale until the first token, then full; a colour for
-    each pipeline."""
+    each pipeline, and one where a server does not tell which it was."""
     columns = [run.requests[name] for name in ("arrival", "ttft", "e2e", "mode")]
     shown = [request for request in zip(*columns) if request[1] is not None][:MOST_REQUESTS]
     if not shown:
         raise NoData("no request of this run was completed")
-    figure = panels(1, 1, [])
-    for mode in ("collocated", "disaggregated"):
+    figure, way = panels(1, 1, []), way_of(run)
+    for mode in sorted({request[3] for request in shown}):
         those = [(number, *request[:3]) for number, request in enumerate(shown) if request[3] == mode]
-        if not those:
-            continue
         numbers, arrivals, ttfts, e2es = map(list, zip(*those))
-        colour = MODE_COLOURS[mode]
+        colour, name = (MODE_COLOURS[mode], w(mode)) if mode else (colour_of(way, [way]), label_of(way, [way]))
         firsts, writing = [a + b for a, b in zip(arrivals, ttfts)], [b - a for a, b in zip(ttfts, e2es)]
         for part, base, width, fill in (("first_wait", arrivals, ttfts, faded(colour, 0.35)), ("writing", firsts, writing, colour)):
-            figure.add_bar(orientation="h", y=numbers, base=base, x=width, marker_color=fill, name=f"{w(mode)}, {w(part)}", width=0.8)
+            figure.add_bar(orientation="h", y=numbers, base=base, x=width, marker_color=fill, name=f"{name}, {w(part)}", width=0.8)
     figure.update_yaxes(range=[len(shown) - 0.5, -0.5], title_text=w("requests"), showgrid=False)
     figure.update_xaxes(title_text=w("time"))
     figure.update_layout(barmode="overlay")
     settings = run.settings
-    title = w("timeline.title", mode=w(settings["mode"]), workload=named(settings["workload"]), rate=f"{settings['rate']:g}")
+    title = w("timeline.title", mode=label_of(way, [way]), workload=named(settings["workload"]), rate=f"{settings['rate']:g}")
     return finish(figure, title, source_of([run]))

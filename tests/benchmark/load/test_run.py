@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,8 +15,10 @@ from nanopd.benchmark.load import (
     RunSettings,
     load_metrics,
     open_cluster,
+    run,
     run_on_cluster,
 )
+from nanopd.benchmark.load.prompts import prompts
 from nanopd.benchmark.load.run import OF_CLUSTER, device_behind
 from nanopd.config import SLO, ConfigError
 
@@ -55,6 +58,17 @@ def test_a_trace_is_replayed_as_fast_as_asked_and_keeps_its_prefixes(tmp_path):
     assert sum(record.counts for record in schedule.records()) == 9
     assert len(replace(of_trace, window=0.25).schedule(700).arrivals) == 3
     assert of_trace.schedule(100).num_cut == 10
+
+
+def test_other_modes_have_the_same_prompts_and_other_loads_others(monkeypatch):
+    """A cluster that has served one load would find it in its prefix caches when it serves the next."""
+    firsts = []
+    monkeypatch.setattr(run, "serve_cluster", lambda cluster, schedule, mode, seed, progress: firsts.append(
+        prompts(schedule.arrivals, 10**6, seed)[0][:16].tobytes()) or a_load())
+    cluster = SimpleNamespace(limits=SimpleNamespace(max_len=256), topology=SimpleNamespace(devices=["cpu"]))
+    for changes in ({}, {"mode": "disaggregated", "topology": "P:cpu D:cpu"}, {"rate": 20.0}, {"seed": 1}, {"workload": "16-32/5"}):
+        run_on_cluster(replace(SETTINGS, **changes), cluster)
+    assert firsts[0] == firsts[1] and len(set(firsts)) == 4
 
 
 @pytest.mark.parametrize("changes, says", [

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nanopd.benchmark.report import recorded
+from nanopd.benchmark.report.seed import seed_table
+from nanopd.benchmark.report.sweeps import NoData
 from nanopd.benchmark.results import load
 from nanopd.cost_model.analytical import StepWork
 from nanopd.cost_model.presets import preset
@@ -24,8 +28,8 @@ def test_decode_scaling():
     steps, rates = named(figure, "measured")
     assert list(steps.x) == [row["batch"] for row in rows] and list(steps.y) == [row["ms"] for row in rows]
     assert list(rates.y) == pytest.approx([row["tokens_s"] for row in rows], rel=1e-3)
-    assert list(named(figure, "what the bandwidth allows")[0].y) == [row["floor_ms"] for row in rows]
-    assert report.source in figure.layout.title.subtitle.text and "1024" in figure.layout.title.text
+    assert list(named(figure, "what memory and tensor cores allow")[0].y) == [row["floor_ms"] for row in rows]
+    assert report.source in figure.layout.title.subtitle.text and "qwen3-8b, context 1,024" in figure.layout.title.text
 
 
 def test_a_lone_request():
@@ -36,6 +40,52 @@ def test_a_lone_request():
     assert [trace.y[place] for trace in figure.data if trace.xaxis == "x2"] == [row["prefill_ms"], row["handover_ms"]]
     alone = list(figure.layout.xaxis2.ticktext).index("collocated")
     assert [trace.y[alone] for trace in figure.data if trace.xaxis == "x2"][1] == 0
+
+
+def test_decode_steps_beside_long_prompts():
+    rows = {row["mode"]: row for row in load("cluster").rows if "p99_ratio" in row}
+    figure = recorded.interference_figure(load("cluster"))
+    for mode, row in rows.items():
+        (p50,), (rest,) = named(figure, f"{mode} p50"), named(figure, f"{mode} p99")
+        assert list(p50.y) == [row["pure_p50_ms"], row["p50_ms"]]
+        assert [low + more for low, more in zip(p50.y, rest.y)] == pytest.approx([row["pure_p99_ms"], row["p99_ms"]])
+    assert figure.layout.xaxis.ticktext[1] == f"beside long prompts<br>14.6 / {rows['collocated']['p99_ms']:.1f} ms"
+    assert figure.layout.yaxis2.matches == "y", "bars of both modes are to be compared"
+
+
+def test_transfers_and_what_limits_them():
+    report = load("transfer")
+    figure = recorded.transfer_bandwidth_figure(report)
+    line, = named(figure, "relay, layer by layer")
+    rows = [row for row in report.rows if (row["transport"], row["pieces"]) == ("relay", "layers")]
+    assert list(line.y) == [row["gb_s"] for row in rows] and list(line.x) == [16 * row["blocks"] for row in rows]
+    assert set(named(figure, "one copy over NVLink, 385 GB/s")[0].y) == {report.ceilings["peer_copy_gb_s"]}
+    assert len(figure.data) == 2 * len({row["transport"] for row in report.rows}) + 2
+
+
+@pytest.mark.parametrize("prompts", ["mixed", "long"])
+def test_the_first_token_and_the_others(prompts):
+    report = load("routing")
+    figure = recorded.first_token_figure(report, prompts)
+    rows = sorted((row for row in report.rows if (row["prompts"], row["mode"]) == (prompts, "disaggregated")), key=lambda row: row["rate"])
+    ttft, tpot = named(figure, "disaggregated p99")
+    assert list(ttft.x) == list(tpot.x) == [row["rate"] for row in rows]
+    assert list(ttft.y) == [row["ttft_p99_ms"] for row in rows] and list(tpot.y) == [row["tpot_p99_ms"] for row in rows]
+    assert [trace.showlegend for trace in (ttft, tpot)] == [True, False]
+
+
+def test_beside_the_seed_stands_what_was_measured_on_the_same_gpus():
+    table = seed_table(load)
+    figure = recorded.seed_figure(table)
+    bars, = figure.data
+    static = next(row for row in table if row.what == "48 short requests at once")
+    ours = next(row for row in load("static").rows if (row["requests"], row["prompt_to"]) == (48, 256))["tokens_s"]
+    place = list(figure.layout.yaxis.ticktext).index(f"{static.what}: 250 → {ours:,.0f} tok/s, <b>{ours / 250:.1f}×</b>")
+    assert bars.x[place] == ours / 250
+    assert len(bars.x) == sum(row.ours is not None for row in table) == 8
+    assert load("static").source in figure.layout.title.subtitle.text and "run 2026-11-20" in figure.layout.title.subtitle.text
+    with pytest.raises(NoData):
+        recorded.seed_figure([replace(static, device="RTX 4090")])
 
 
 def test_measured_beside_simulated():

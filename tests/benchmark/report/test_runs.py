@@ -47,6 +47,15 @@ def test_the_source_says_device_date_commit_and_how_many(runs):
     assert "CPU (Some CPU; on a CPU to see that it works" in source_of([on_cpu])
 
 
+def test_a_run_in_which_no_request_counted_has_nothing_to_draw(runs, tmp_path):
+    nothing = {name: [] for name in runs[0].requests}
+    replace(runs[0], requests=nothing).save(tmp_path / "empty.json")
+    with pytest.raises(FileNotFoundError):
+        load_runs(tmp_path)
+    runs[1].save(tmp_path / "some.json")
+    assert load_runs(tmp_path) == [runs[1]]
+
+
 def test_a_peer_and_a_trace_stand_beside_the_modes(runs, tmp_path):
     settings = runs[0].settings | {"endpoint": "http://127.0.0.1:8000", "mode": None, "topology": None, "rate": None,
                                    "trace": "/somewhere/chat.jsonl", "workload": "short"}
@@ -55,7 +64,9 @@ def test_a_peer_and_a_trace_stand_beside_the_modes(runs, tmp_path):
     ours, peer = load_runs(tmp_path)
     arrivals = peer.requests["arrival"]
     assert peer.settings["workload"] == "chat"
-    assert peer.settings["rate"] == pytest.approx(len(arrivals) / (arrivals[-1] - arrivals[0]), rel=5e-3)
+    assert peer.settings["rate"] == pytest.approx(len(arrivals) / settings["window"], rel=5e-3)
+    replace(runs[0], settings=settings | {"window": None}).save(tmp_path / "peer.json")
+    assert load_runs(tmp_path)[1].settings["rate"] == pytest.approx(len(arrivals) / (arrivals[-1] - arrivals[0]), rel=5e-3)
     ways = ways_of([ours, peer])
     assert label_of(ways[1], ways) == "server at http://127.0.0.1:8000" and colour_of(ways[0], ways) != colour_of(ways[1], ways)
     assert "Made-up GPU" in source_of([peer])

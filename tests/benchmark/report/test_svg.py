@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import pytest
 
 from nanopd.benchmark.report import recorded, sweeps
+from nanopd.benchmark.report.seed import seed_table
 from nanopd.benchmark.report.style import finish, panels
 from nanopd.benchmark.report.svg import colour_at, readable_on, to_svg
 from nanopd.benchmark.report.text import text_width
@@ -125,7 +126,9 @@ def test_all_figures_are_xml_with_title_source_and_legend_within_the_picture(run
     figures = [sweeps.latency_figure(runs), sweeps.throughput_figure(runs), sweeps.violin_figure(runs), sweeps.ttft_by_length_figure(runs),
                sweeps.routing_map_figure(runs), sweeps.crossover_figure(runs), sweeps.breakdown_figure(runs), sweeps.regret_figure(runs),
                recorded.study_regret_figure(load("study")), recorded.lone_request_figure(load("cluster")),
-               recorded.decode_scaling_figure(load("decode"))]
+               recorded.decode_scaling_figure(load("decode")), recorded.interference_figure(load("cluster")),
+               recorded.transfer_bandwidth_figure(load("transfer")), recorded.seed_figure(seed_table(load)),
+               recorded.first_token_figure(load("routing"), "mixed"), finish(sweeps.regret_figure(runs), "long", "a source " * 20)]
     for figure in figures:
         picture = parsed(figure)
         texts = ["".join(each.itertext()) for each in picture.iter(f"{SVG}text")]
@@ -134,8 +137,8 @@ def test_all_figures_are_xml_with_title_source_and_legend_within_the_picture(run
         width, height = float(picture.get("width")), float(picture.get("height"))
         for text in picture.iter(f"{SVG}text"):
             x, y, size = (float(text.get(key)) for key in ("x", "y", "font-size"))
-            wide = text_width("".join(text.itertext()), size) if text.get("text-anchor") == "start" else 0
-            assert 0 <= x and x + wide <= width + 1 and 0 <= y <= height, "".join(text.itertext())
+            wide = text_width("".join(text.itertext()), size) * {"start": 1, "middle": 0, "end": -1}[text.get("text-anchor")]
+            assert min(x, x + wide) >= -1 and max(x, x + wide) <= width + 1 and 0 <= y <= height, "".join(text.itertext())
         for trace in figure.data:
             if trace.showlegend is not False and trace.type != "heatmap" and len(figure.data) > 1:
                 assert trace.name in texts
