@@ -51,6 +51,7 @@ TABLE = {
     r"nanopd bench report sweep": "draws what was measured on GPUs",
     r"nanopd bench serve .*--model .*": "needs a GPU, or a server that is not there",
     r"nanopd bench serve( .*)?": NIGHTLY,
+    r"nanopd bench record --device cpu .*": NIGHTLY,
     r"nanopd bench \w+( .*)?": "needs a GPU",
     r"nanopd profile --model qwen3-8b .*": "needs a GPU",
     r"nanopd profile": NIGHTLY,  # half a minute

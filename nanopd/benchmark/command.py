@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -126,6 +127,17 @@ def _parser() -> argparse.ArgumentParser:
     prefixes.add_argument("--requests", type=_positive, default=2000, help="of the trace; default: the first %(default)s")
     prefixes.add_argument("--speed-up", type=float, default=2.0, metavar="FACTOR", help="default: %(default)s times as fast")
 
+    record = command("record", _live, "Live serving under a load that rises past what can be served, in each mode, for the workbook "
+                                      "to replay: DIR/<device>/live/<mode>.json.")
+    record.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    record.add_argument("--model", help="default: qwen3-8b with random weights, or tiny on the CPU")
+    record.add_argument("--topology", help="workers for all modes, such as 'C:0 C:1 P:0 D:1'; default: these on two GPUs, 'C P D' on one")
+    record.add_argument("--modes", nargs="+", choices=("collocated", "disaggregated", "adaptive"), help="default: all")
+    record.add_argument("--rates", nargs="+", type=_above_0, metavar="R", help="requests a second, one after the other")
+    record.add_argument("--seconds", type=_above_0, metavar="S", help="of each rate")
+    record.add_argument("--profile", metavar="FILE", help="what adaptive mode goes by; default: the preset of this device and model, or "
+                                                          "measured at the start")
+
     load_command.add_parser(commands)
     add_parsers(commands)
 
@@ -137,6 +149,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
+
+
+def _above_0(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _cell(text: str) -> tuple[int, int]:
@@ -266,6 +288,16 @@ def _prefixes(options: argparse.Namespace) -> Found:
         raise ValueError(f"the trace {options.trace} does not say which prompts begin alike (hash_ids): there is nothing to find")
     rows, summary = prefixes.run(trace)
     return Found({}, rows, summary, [PREFIXES], on_cpu=True)
+
+
+def _live(options: argparse.Namespace) -> int:
+    from nanopd.benchmark import environment, live
+
+    commit, dirty = (options.commit, None) if options.commit else environment.commit()
+    for path in live.run(live.plan(options.device, **{name: value for name in live.CHOICES if (value := getattr(options, name))}),
+                         options.out, command=options.command, commit=commit, dirty=dirty):
+        progress(f"saved {path}")
+    return 0
 
 
 def _all(options: argparse.Namespace) -> int:

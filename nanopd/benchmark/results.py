@@ -46,14 +46,19 @@ class Report:
     @property
     def source(self) -> str:
         """Where the figures come from, in a line, to stand beside them."""
-        commit = f"commit {self.commit[:7]}{' with changes' if self.dirty else ''}" if self.commit else "no commit"
-        return f"{self.device['name']}, {self.date[:10]}, {commit}"
+        return source(self.device, self.date, self.commit, self.dirty)
 
     def save(self, folder: Path = RECORDED) -> Path:
         """Write FOLDER/<device>/<bench>.json."""
         path = folder / self.slug / f"{self.bench}.json"
         write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
         return path
+
+
+def source(device: dict[str, Any], date: str, commit: str | None, dirty: bool | None) -> str:
+    """Where figures come from, in a line."""
+    made_by = f"commit {commit[:7]}{' with changes' if dirty else ''}" if commit else "no commit"
+    return f"{device['name']}, {date[:10]}, {made_by}"
 
 
 def write_whole(path: Path, text: str) -> None:

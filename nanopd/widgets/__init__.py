@@ -12,6 +12,7 @@ _PANELS: dict[str, str] = {
     "CostModelExplorer": "cost_model_explorer",
     "KernelExplorer": "kernel_explorer",
     "KernelTimes": "kernel_times",
+    "LiveReplay": "live_replay",
     "LiveServing": "live_serving",
     "Roofline": "roofline",
     "RoutingMicroscope": "routing_microscope",

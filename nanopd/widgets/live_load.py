@@ -18,24 +18,27 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanopd.cluster import Cluster
 from nanopd.config import MODES
 from nanopd.core import Overloaded, SamplingParams, TokenEvent
+from nanopd.router.routing import Decision
 from nanopd.router.timeline import Timeline
+
+if TYPE_CHECKING:
+    from nanopd.cluster import Cluster
 
 LENGTHS = {"short": (64, 256), "long": (1024, 2048)}  # tokens of a prompt, evenly between; the seed's
 MIXES = {"short": ("short",), "long": ("long",), "mixed": ("short", "long")}
 CPU_SHRINK = 4  # by this much prompts are shorter on a CPU, which is slower by more
 UNIFORM = 1e4  # a temperature at which every token is as likely as any other
 LONGEST = 8  # times the mean: no answer gets longer
-REQUESTS_KEPT, SAMPLES_KEPT = 1024, 1024
+KEPT = 1024  # requests, and samples
 SAMPLE_EVERY = 0.5  # seconds
 
 
@@ -76,6 +79,7 @@ class Seen:
     finish: float | None = None
     num_tokens: int = 0
     error: str | None = None
+    expected: dict[str, Sequence[float]] = field(default_factory=dict)  # by the router of each way: (end to end, what others lose)
 
     @property
     def ttft(self) -> float | None:
@@ -109,20 +113,31 @@ class Picture:
     num_turned_away: int
 
 
+@dataclass(frozen=True)
+class Course:
+    """Of a run. `loads`: (since when, which), seconds since the start; `turned_away`: when requests were."""
+
+    loads: list[tuple[float, Load]]
+    turned_away: list[float]
+
+
 class LoadDriver:
     """Starts, serves and stops a load.
 
     Args:
         make_cluster: called in the driver's thread, at the first start.
-        seed: of arrivals, lengths and prompts.
+        seed: of moments and lengths: with the same one, and the same rates, the same requests come at each start.
+        keep: so many requests and samples, the latest; None: all.
     """
 
-    def __init__(self, make_cluster: Callable[[], Cluster], load: Load | None = None, *, seed: int = 0) -> None:
+    def __init__(self, make_cluster: Callable[[], Cluster], load: Load | None = None, *, seed: int = 0,
+                 keep: int | None = KEPT) -> None:
         self.make_cluster = make_cluster
         self.load = load or Load()
         self.cluster: Cluster | None = None
         self.error: Exception | None = None  # what ended the latest run, if it did not end well
-        self._seed = seed
+        self._seed, self._keep = seed, keep
+        self._words = random.Random(seed)  # of prompts; never begun anew, or they would be in the prefix cache at the next start
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -150,7 +165,7 @@ class LoadDriver:
     def change(self, **fields: Any) -> None:
         """Another load, from the next request on; `fields` are those of `Load`. Raises ValueError as it does."""
         self.load = replace(self.load, **fields)
-        self._commands.put(self._redraw_arrival)
+        self._commands.put(self._keep_pace)
 
     def call(self, function: Callable[[Cluster], Any], timeout: float | None = 30.0) -> Any:
         """What a function of the cluster returns, called where and when nobody else touches it.
@@ -162,6 +177,11 @@ class LoadDriver:
         future: Future[Any] = Future()
         self._commands.put(lambda: _settle(future, lambda: function(self._there())))
         return future.result(timeout)
+
+    def wait(self, seconds: float) -> None:
+        """Until they have passed, or the load has ended."""
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def stop(self) -> None:
         """End what is open, and return when nothing runs any more. The cluster stays up."""
@@ -182,7 +202,12 @@ class LoadDriver:
         """From any thread, at any time."""
         with self._lock:
             return Picture(self._elapsed(), [replace(one) for one in self._requests], list(self._samples), len(self._open),
-                           self._num_finished, self._num_turned_away)
+                           self._num_finished, len(self._turned_away))
+
+    def course(self) -> Course:
+        """What was asked for, and when it was refused. From any thread, at any time."""
+        with self._lock:
+            return Course(list(self._loads), list(self._turned_away))
 
     # ------------------------------------------------------------------------------- in the driver's thread
 
@@ -192,18 +217,21 @@ class LoadDriver:
             self._random = random.Random(self._seed)
             self._started: float | None = None
             self._ended: float | None = None
-            self._requests: deque[Seen] = deque(maxlen=REQUESTS_KEPT)
-            self._samples: deque[Sample] = deque(maxlen=SAMPLES_KEPT)
+            self._requests: deque[Seen] = deque(maxlen=self._keep)
+            self._samples: deque[Sample] = deque(maxlen=self._keep)
+            self._loads: list[tuple[float, Load]] = []
+            self._turned_away: list[float] = []
             self._open: dict[str, Seen] = {}
-            self._unsent: dict[str, Timeline] = {}
-            self._num_finished = self._num_turned_away = self._num_tokens = 0
+            self._unsent: dict[str, tuple[Timeline, str | None]] = {}  # with the mode that was asked for
+            self._num_finished = self._num_tokens = 0
+            self._pace, self._to_come, self._next_arrival = 0.0, self._random.expovariate(1.0), math.inf
 
     def _run(self) -> None:
         try:
             if self.cluster is None:
                 self.cluster = self.make_cluster()
             self._started = time.monotonic()
-            self._redraw_arrival()
+            self._keep_pace()
             while not self._stopping.is_set():
                 self._turn()
         except Exception as error:  # a thread's own words would be lost: whoever looks at the driver finds them
@@ -242,42 +270,50 @@ class LoadDriver:
         with suppress(Empty):
             self._commands.get(timeout=min(max(0.0, self._next_arrival - time.monotonic()), SAMPLE_EVERY))()
 
-    def _redraw_arrival(self) -> None:
-        """When the next request comes does not depend on how long none has come, so it may be drawn anew at any time."""
-        rate = self.load.rate
-        self._next_arrival = time.monotonic() + self._random.expovariate(rate) if rate else math.inf
+    def _keep_pace(self) -> None:
+        """Another rate changes when the next request comes, not which one it is: requests are `_to_come` apart in what is expected
+        to come meanwhile, and a Poisson process of any rate is one of rate 1 in that measure."""
+        now, load = time.monotonic(), self.load
+        if self._pace:
+            self._to_come = max(0.0, self._next_arrival - now) * self._pace
+        self._pace = load.rate
+        self._next_arrival = now + self._to_come / self._pace if self._pace else math.inf
+        if not self._loads or self._loads[-1][1] != load:
+            with self._lock:
+                self._loads.append((self._elapsed(), load))
 
     def _submit_due(self) -> None:
         while self._next_arrival <= time.monotonic():
-            due, load = self._next_arrival, self.load
-            self._next_arrival = due + self._random.expovariate(load.rate) if load.rate else math.inf
-            self._submit(due, load)
+            due = self._next_arrival
+            self._next_arrival = due + self._random.expovariate(1.0) / self._pace
+            self._submit(due, self.load)
 
     def _submit(self, due: float, load: Load) -> None:
         limits = self.cluster.limits
-        prompt = self._prompt(load.mix)
+        prompt, seed = self._prompt(load.mix), self._random.getrandbits(32)
         stops = tuple(range(max(1, round(limits.vocab_size / load.output_tokens))))
-        sampling = SamplingParams(temperature=UNIFORM, stop_token_ids=stops, max_tokens=LONGEST * load.output_tokens)
+        sampling = SamplingParams(temperature=UNIFORM, stop_token_ids=stops, max_tokens=LONGEST * load.output_tokens, seed=seed)
         try:
             stream = self.cluster.submit({"prompt_token_ids": prompt}, sampling, mode=load.mode)
         except Overloaded:
-            self._num_turned_away += 1
+            with self._lock:
+                self._turned_away.append(due - self._started)
             return
         with self._lock:
             seen = Seen(stream.request_id, len(prompt), due - self._started)
             self._requests.append(seen)
             self._open[stream.request_id] = seen
-            self._unsent[stream.request_id] = self.cluster.timeline(stream.request_id)
+            self._unsent[stream.request_id] = self.cluster.timeline(stream.request_id), load.mode
 
     def _prompt(self, mix: str) -> list[int]:
         low, high = LENGTHS[self._random.choice(MIXES[mix])]
         shrink = CPU_SHRINK if self.cluster.topology.devices[0] == "cpu" else 1
-        return self._random.choices(range(self.cluster.limits.vocab_size), k=self._random.randint(low, high) // shrink)
+        return self._words.choices(range(self.cluster.limits.vocab_size), k=self._random.randint(low, high) // shrink)
 
     def _take(self, events: list[TokenEvent]) -> None:
-        for request_id, timeline in list(self._unsent.items()):
+        for request_id, (timeline, asked) in list(self._unsent.items()):
             if timeline.path:
-                self._note_way(self._open[request_id], timeline)
+                self._note_way(self._open[request_id], timeline, asked or self.cluster.mode)
                 del self._unsent[request_id]
         for event in events:
             seen = self._open[event.request_id]
@@ -294,10 +330,11 @@ class LoadDriver:
                 self._unsent.pop(event.request_id, None)
                 self._num_finished += 1
 
-    def _note_way(self, seen: Seen, timeline: Timeline) -> None:
-        role = self.cluster.topology.workers[timeline.path[0]].role
-        seen.mode = "collocated" if role == "C" else "disaggregated"
-        seen.sent = self._elapsed()
+    def _note_way(self, seen: Seen, timeline: Timeline, asked: str) -> None:
+        """The router's choice, where it was asked: a worker's role may have changed since the cluster was made."""
+        seen.mode = timeline.decision.route.mode if timeline.decision else asked
+        seen.expected = expected(timeline.decision) if timeline.decision else {}
+        seen.sent = dict(timeline.marks)[f"sent to {timeline.path[0]}"] - self._started
 
     def _sample(self) -> None:
         elapsed = self._elapsed()
@@ -324,3 +361,11 @@ def _settle(future: Future[Any], function: Callable[[], Any]) -> None:
         future.set_result(function())
     except Exception as error:  # whoever waits for it gets it
         future.set_exception(error)
+
+
+def expected(decision: Decision) -> dict[str, Sequence[float]]:
+    """Of each way the best route, see `Seen.expected`. Empty where the router gives no scores."""
+    found: dict[str, Sequence[float]] = {}
+    for score in decision.scores:  # the best first
+        found.setdefault(score.route.mode, (score.e2e, score.terms.get("others", 0.0)))
+    return found

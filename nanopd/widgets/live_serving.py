@@ -10,27 +10,21 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from html import escape
-from statistics import median, quantiles
 from typing import Any
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
 import torch
-from plotly.subplots import make_subplots
 
 from nanopd.cluster import Cluster
 from nanopd.config import MODES, ConfigError, Topology
 from nanopd.core import InvalidRequest
 from nanopd.router.explain import Explanation
 from nanopd.widgets.figure import Panel
-from nanopd.widgets.live_load import MIXES, Load, LoadDriver, Picture, Seen
-from nanopd.widgets.player import FAINT, FONT, INK, PAPER
+from nanopd.widgets.live_figure import bare_figure, draw, state_of, still
+from nanopd.widgets.live_load import MIXES, Load, LoadDriver, Picture
 from nanopd.widgets.strings import t
 
-WAYS = {"collocated": "#0072b2", "disaggregated": "#e69f00"}  # and their colours
-PLACES = {"sent": (1, 1), "ttft": (2, 1), "tpot": (2, 2), "queue": (3, 1), "rate": (3, 2)}  # row, column of the figure
-TRACES = [*(f"{name} {way}" for name in ("sent", "ttft", "tpot") for way in WAYS), "queue", "rate"]  # the figure's, in this order
-SHOWN = 60.0  # seconds
 PAINT_EVERY = 0.4  # seconds
 CHUNKS = (128, 256, 512, 1024, 2048)
 
@@ -57,7 +51,7 @@ class LiveServing(Panel):
         self._painter = threading.Thread()
         self._make_controls(topologies, load)
         self.message = widgets.HTML(t("live.ready"))
-        super().__init__(_bare_figure(), above=[*self._rows(), self.message])
+        super().__init__(bare_figure(), above=[*self._rows(), self.message])
         self.add_class("nanopd-live-serving")
 
     def _make_controls(self, topologies: list[str], load: Load) -> None:
@@ -151,7 +145,7 @@ class LiveServing(Panel):
     def _redraw(self) -> None:
         picture = self.driver.picture()
         with self.figure.batch_update():
-            self._draw(picture)
+            draw(self.figure, picture)
         self.message.value = self.sentence(picture)
 
     def sentence(self, picture: Picture) -> str:
@@ -160,39 +154,16 @@ class LiveServing(Panel):
             return f'<span style="color:#d55e00"><b>{escape(f"{type(self.driver.error).__name__}: {self.driver.error}")}</b></span>'
         if self.driver.running and not self.driver.serving:
             return t("live.starting")
-        recent = [seen for seen in picture.requests if seen.finish is not None and seen.finish >= picture.elapsed - SHOWN]
-        said = t("live.state", elapsed=f"{picture.elapsed:.0f}", open=picture.num_open, finished=picture.num_finished,
-                 ttft=_middle_and_tail([seen.ttft for seen in recent]), tpot=_middle_and_tail([seen.tpot for seen in recent]))
+        said = state_of(picture)
         if not self.driver.running:
             said += t("live.stopped")
         if self._built not in (None, self._settings):
             said += t("live.needs_start")
-        if picture.num_turned_away:
-            said += t("live.turned_away", n=picture.num_turned_away)
         return said
 
     def snapshot(self) -> go.Figure:
         """What is shown now as a static figure, with the line of words as its title."""
-        figure = go.Figure(self.figure.to_plotly_json())
-        title = {"text": self.message.value, "font_size": 13, "x": 0.01, "xanchor": "left", "yref": "container", "y": 0.98}
-        return figure.update_layout(margin_t=70, title=title)
-
-    def _draw(self, picture: Picture) -> None:
-        begin = max(0.0, picture.elapsed - SHOWN)
-        traces = dict(zip(TRACES, self.figure.data, strict=True))
-        recent = [seen for seen in picture.requests if (seen.finish or picture.elapsed) >= begin]
-        for way in WAYS:
-            taken = [seen for seen in recent if seen.mode == way]
-            traces[f"sent {way}"].update(x=[seen.sent for seen in taken], y=[seen.prompt_len for seen in taken],
-                                         hovertext=[_described(seen) for seen in taken])
-            for name in ("ttft", "tpot"):
-                points = [(seen.finish, 1e3 * getattr(seen, name)) for seen in taken if getattr(seen, name) is not None
-                          and seen.finish is not None]
-                traces[f"{name} {way}"].update(x=[x for x, _ in points], y=[y for _, y in points])
-        samples = [sample for sample in picture.samples if sample.time >= begin]
-        traces["queue"].update(x=[sample.time for sample in samples], y=[sample.queue for sample in samples])
-        traces["rate"].update(x=[sample.time for sample in samples], y=[sample.rate for sample in samples])
-        self.figure.update_xaxes(range=[begin, begin + SHOWN])
+        return still(self.figure, [self.message.value])
 
 
 def _explained(cluster: Cluster, request_ids: list[str]) -> Iterator[Explanation]:
@@ -221,18 +192,6 @@ def topologies_here() -> list[str]:
     return [f"C:{c} P:{p} D:{d}", f"C:{c}", f"P:{c} D:{p}"]
 
 
-def _middle_and_tail(seconds: list[float | None]) -> str:
-    values = [1e3 * value for value in seconds if value is not None]
-    if len(values) < 2:
-        return "–"
-    return f"{median(values):,.0f} / {quantiles(values, n=10)[-1]:,.0f}"
-
-
-def _described(seen: Seen) -> str:
-    return t("live.decision", request=escape(seen.request_id), tokens=seen.prompt_len, way=t(f"live.{seen.mode}"),
-             path=escape(seen.path or "…"))
-
-
 def _control(kind: type[widgets.Widget], key: str, **values: Any) -> widgets.Widget:
     return kind(description=t(key), style={"description_width": "initial"},
                 layout=widgets.Layout(width="auto", flex="1 1 220px", margin="2px 12px 2px 0"), **values)
@@ -243,26 +202,3 @@ def _button(key: str, icon: str, css_class: str, method: Any, style: str) -> wid
     button.add_class(css_class)
     button.on_click(lambda _: method())
     return button
-
-
-def _bare_figure() -> go.Figure:
-    titles = [t(f"live.{name}_title") for name in PLACES]
-    figure = make_subplots(rows=3, cols=2, specs=[[{"colspan": 2}, None], [{}, {}], [{}, {}]], subplot_titles=titles,
-                           row_heights=[0.4, 0.3, 0.3], vertical_spacing=0.11, horizontal_spacing=0.07)
-    for name in ("sent", "ttft", "tpot"):
-        for way, colour in WAYS.items():
-            figure.add_trace(go.Scatter(
-                mode="markers", name=t(f"live.{way}"), legendgroup=way, showlegend=name == "sent",
-                marker={"color": colour, "size": 9 if name == "sent" else 6, "symbol": "circle" if way == "collocated" else "diamond"},
-                hovertemplate="%{hovertext}<extra></extra>" if name == "sent" else "%{y:,.0f}<extra></extra>"), *PLACES[name])
-    for name in ("queue", "rate"):
-        figure.add_trace(go.Scatter(mode="lines", line={"color": INK, "width": 2, "shape": "hv"}, showlegend=False,
-                                    hovertemplate="%{y:,.0f}<extra></extra>"), *PLACES[name])
-    figure.update_annotations(font={"size": 12, "color": FAINT})
-    figure.update_xaxes(range=[0, SHOWN], gridcolor="#e5e7eb", zeroline=False, tickfont_color=FAINT)
-    figure.update_xaxes(title={"text": t("live.time_axis"), "font_color": FAINT}, row=3)
-    figure.update_yaxes(rangemode="tozero", gridcolor="#e5e7eb", zeroline=False, tickfont_color=FAINT)
-    return figure.update_layout(
-        height=560, font={"family": FONT, "color": INK, "size": 12}, plot_bgcolor=PAPER, paper_bgcolor=PAPER,
-        margin={"l": 10, "r": 10, "t": 44, "b": 46}, legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.04,
-                                                           "yanchor": "bottom"})

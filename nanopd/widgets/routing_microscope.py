@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 from nanopd.router.explain import TERMS, Explanation
 from nanopd.router.routing import Score
 from nanopd.widgets.figure import Panel
-from nanopd.widgets.live_serving import WAYS
+from nanopd.widgets.live_figure import WAYS
 from nanopd.widgets.player import FAINT, FONT, INK, PAPER
 from nanopd.widgets.strings import t
 

@@ -372,6 +372,31 @@ STRINGS: dict[str, tuple[str, str]] = {
         "<b>{request}</b> · {tokens} tokens<br>{way}: {path}",
         "<b>{request}</b> · {tokens} 个 token<br>{way}：{path}",
     ),
+    "live.expected": ("<br>expected, itself + what others lose: {costs}", "<br>预计（自身 + 拖累别人）：{costs}"),
+    "live.cost": ("{way} {own} + {others} ms", "{way} {own} + {others} 毫秒"),
+    # live replay
+    "replay.recording": ("recording", "录制的运行"),
+    "replay.choice": ("{device}, {date}: {mode}", "{device}，{date}：{mode}"),
+    "replay.speed": ("speed", "速度"),
+    "replay.badge": (
+        "Replay, not live: recorded on {source} · {model}, {topology}",
+        "录制回放，不是现场：录自 {source} · {model}，{topology}",
+    ),
+    "replay.mark": ("RECORDED on {source}", "录制回放，录自 {source}"),
+    "replay.load": (
+        "<b>Load then</b>: {rate} requests/s, {mix} prompts, answers of {output} tokens on average, mode: {mode}",
+        "<b>当时的负载</b>：每秒 {rate} 个请求，提示：{mix}，回答平均 {output} 个 token，模式：{mode}",
+    ),
+    "replay.over": (" · the recording ends here", " · 录制到此结束"),
+    "replay.none_of": (
+        "No run was recorded on “{device}”. Where there is such a device, <b>nanopd bench record</b> makes one. "
+        "Recorded so far: {there}.",
+        "没有在“{device}”上录制过的运行。手边有这种设备的话，用 <b>nanopd bench record</b> 就能录一份。目前录过的有：{there}。",
+    ),
+    "replay.none": (
+        "Nothing to replay: no run has been recorded. <b>nanopd bench record</b> makes one on any machine.",
+        "没有可回放的：还没有录制过任何运行。在哪台机器上都可以用 <b>nanopd bench record</b> 录一份。",
+    ),
     # routing microscope
     "microscope.request": ("request", "请求"),
     "microscope.title": ("{request}: {tokens} tokens, {path}", "{request}：{tokens} 个 token，{path}"),

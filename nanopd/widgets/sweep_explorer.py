@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,6 +66,12 @@ class Cell:
         columns = zip(run.requests["status"], run.requests["ttft"], run.requests["tpot"])
         felt = [Felt(ttft, tpot) if status == "completed" else None for status, ttft, tpot in columns]
         return cls(run.settings["mode"], run.settings["rate"], run.metrics["duration"], felt)
+
+    @classmethod
+    def pooled(cls, cells: Iterable[Cell]) -> Cell:
+        """Runs of one line at one rate, which differ by their seeds, as one."""
+        cells = list(cells)
+        return replace(cells[0], seconds=sum(cell.seconds for cell in cells), requests=[one for cell in cells for one in cell.requests])
 
     @classmethod
     def _of(cls, line: str, rate: float, outcomes: Sequence[Outcome | None]) -> Cell:

@@ -1,4 +1,5 @@
-"""What chapter 07 tries its loads on: a worker that is held for a while, simulated H200s, and three benchmarks with a fault each."""
+"""What chapter 07 tries its loads on: a worker that is held for a while, simulated H200s, recorded sweeps, and three benchmarks with
+a fault each."""
 
 from __future__ import annotations
 
@@ -9,16 +10,31 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from nanopd import Cluster
 from nanopd.benchmark.load import ClientRecord, Load, Schedule, serve_cluster
+from nanopd.benchmark.report.runs import (
+    Way,
+    by_gpus,
+    chosen,
+    column,
+    load_runs,
+    source_of,
+    values_of,
+    way_of,
+    ways_of,
+)
+from nanopd.benchmark.results import RECORDED
 from nanopd.config import SLO, CacheConfig, SchedulerConfig
 from nanopd.core import SamplingParams
 from nanopd.cost_model.presets import preset
 from nanopd.router.planner import WorkerSize
 from nanopd.router.policies import make_router
 from nanopd.simulator import ModelCosts, Served, Simulation
+from nanopd.widgets.sweep_explorer import Cell
 
 PROFILE = "nvidia-h200/qwen3-8b"
 CACHE = CacheConfig(num_blocks=24_576, block_size=16, enable_prefix_caching=False)
@@ -59,6 +75,38 @@ def simulate(schedule: Schedule, workers: Mapping[str, int], mode: str = "colloc
                             latency=cost.message_seconds, runs_ahead=True)
     arrivals = [replace(one, max_tokens=one.output_len) for one in schedule.arrivals]
     return [one for one in simulation.run(arrivals).requests if schedule.begin <= one.arrival < schedule.end]
+
+
+# ------------------------------------------------------------------------------------------------- recorded
+
+
+class Sweep(NamedTuple):
+    """What a `SweepExplorer` is made of, in its order."""
+
+    cells: list[Cell]
+    origin: str
+    device: str
+    slo: SLO
+
+
+def recorded_sweep(folder: Path = RECORDED) -> Sweep | None:
+    """From FOLDER/<device>/sweep, of GPUs rather than of a CPU; None where no sweep was recorded. Of its runs those on the fewest
+    GPUs that can be shared out, of each mode with one topology, with prompts of the workload "long", or else the longest there are."""
+    found = sorted(folder.glob("*/sweep"), key=lambda path: path.parent.name == "cpu")
+    if not found:
+        return None
+    groups = by_gpus(load_runs(found[0]))
+    runs = groups[min((number for number in groups if number > 1), default=min(groups))]
+    by_workload = {name: chosen(runs, workload=name) for name in values_of(runs, "workload")}
+    name = "long" if "long" in by_workload else max(by_workload, key=lambda name: fmean(column(by_workload[name], "prompt_len")))
+    ways: dict[str, Way] = {}
+    for way in ways_of(by_workload[name]):
+        ways.setdefault(way.mode, way)
+    runs = [run for run in by_workload[name] if way_of(run) in ways.values()]
+    cells = [Cell.pooled(map(Cell.of_run, chosen(runs, way, rate=rate))) for way in ways.values()
+             for rate in values_of(chosen(runs, way), "rate")]
+    slo = SLO(runs[0].settings["slo_ttft_ms"] / 1e3, runs[0].settings["slo_tpot_ms"] / 1e3)
+    return Sweep(cells, "recorded", f"{source_of(runs)}, {name}", slo)
 
 
 # ------------------------------------------------------------------------------------------------- the suspects

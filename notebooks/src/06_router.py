@@ -229,12 +229,28 @@ print(f"{len(picture.requests)} requests came, {picture.num_finished} of them en
 print("ways taken:", {way: sum(one.mode == way for one in picture.requests) for way in ("collocated", "disaggregated")})
 
 # %% [markdown] lang="en"
-# Now under the microscope: click a request. Two bars are forecasts, the best route of either way; the third was measured. The
+# One CPU is a small cluster: its three workers take turns. So here are **recorded** runs of other machines, H200s if somebody has
+# recorded them, with every request that came. Pick one and press play, at its own pace or five times as fast. Nothing in it is
+# measured now; the badge says on what it was made, when, and by which commit. The rate rises past what can be served, then falls,
+# and each mode was sent the same requests. Watch where the queue begins to grow, and point at a decision of the adaptive run: it
+# says what the router expected of either way.
+
+# %% [markdown] lang="zh" en_hash="51d03c97"
+# 一个 CPU 只是个很小的集群，三个 Worker 得轮着来。所以下面放的是在别的机器上**录制的**运行，每个请求都在里面，有人在 H200 上录过的话就有 H200 的。
+# 选一份，按播放，原速或五倍速都行。这里没有一个数是现在测的：在什么设备上、哪天、用哪个提交录的，横条上都写着。速率一路升到处理不过来，再降下去；
+# 每个模式收到的请求都一样。看看队列从哪一刻开始涨；再把鼠标移到自适应那次的某个决策上，能看到路由器当时对两条路各是怎么估的。
+
+# %%
+replay = widgets.LiveReplay("h200")
+replay
+
+# %% [markdown] lang="en"
+# Back to your own run, under the microscope: click a request. Two bars are forecasts, the best route of either way; the third was measured. The
 # **regret** in the line is an estimate, measured time less what the other way was forecast to take for an answer of the length
 # that it turned out to have. Nobody measured the road not taken.
 
-# %% [markdown] lang="zh" en_hash="ac25f235"
-# 再放到显微镜下：点一个请求。两根条是预测，两条路各自最好的路线；第三根是实测。那行字里的**遗憾值**是个估计：实测的时间，
+# %% [markdown] lang="zh" en_hash="8dd311ff"
+# 回到你自己那次运行，放到显微镜下：点一个请求。两根条是预测，两条路各自最好的路线；第三根是实测。那行字里的**遗憾值**是个估计：实测的时间，
 # 减去另一条路按它实际的回答长度预测出来的时间。没走的那条路，谁也没有量过。
 
 # %%

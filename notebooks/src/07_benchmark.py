@@ -475,7 +475,23 @@ for rate in (14, 20, 26, 32):
     schedule = poisson_schedule(rate, workload("long"), window=80 / rate, warmup=20 / rate)
     for way, (workers, told) in ways.items():
         cells.append(Cell.of_simulated(way, rate, loads.simulate(schedule, workers, way.split()[0], told)))
-sweep = widgets.SweepExplorer(cells, "simulated", "2 x NVIDIA H200, Qwen3-8B, 1024-2048/128", promise)
+simulated = (cells, "simulated", "2 x NVIDIA H200, Qwen3-8B, 1024-2048/128", promise)
+sweep = widgets.SweepExplorer(*simulated)
+sweep
+
+# %% [markdown] lang="en"
+# That was a simulation. Now a sweep that was **recorded**, with its requests: on GPUs if one comes with this package, else on a CPU,
+# which shows the form of it and says nothing of GPUs. The line above the figure says which (and if none was recorded at all, you
+# see the simulated one again). **Pull TPOT down until one mode is left; put it back, and do the same with TTFT. Is the order that
+# of the simulation?**
+
+# %% [markdown] lang="zh" en_hash="37a27b95"
+# 那是仿真。再看一份**录制的**扫描，一个个请求都在：包里有 GPU 上录的就用 GPU 的，没有就用 CPU 上录的，那只能看个样子，说明不了 GPU。
+# 图上面那行字写着是哪一种（要是一份也没录过，看到的就还是仿真的那份）。**把 TPOT 往下拉，拉到只剩一个模式；放回去，再拉 TTFT。先后次序和仿真的一样吗？**
+
+# %%
+recorded = loads.recorded_sweep()
+sweep = widgets.SweepExplorer(*(recorded or simulated))
 sweep
 
 # %% [markdown] lang="en"

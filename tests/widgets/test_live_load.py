@@ -7,11 +7,14 @@ import threading
 import time
 import weakref
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 
 from nanopd import Cluster
-from nanopd.widgets.live_load import LENGTHS, Load, LoadDriver
+from nanopd.router.routing import Decision, Route, Score
+from nanopd.router.timeline import Timeline
+from nanopd.widgets.live_load import KEPT, LENGTHS, Load, LoadDriver, expected
 
 SECONDS = 60  # for a machine that has much else to do
 
@@ -46,7 +49,7 @@ def test_requests_come_are_sent_and_end(driver):
     low, high = LENGTHS["short"]
     for seen in finished(driver):
         assert low // 4 <= seen.prompt_len <= high // 4 and seen.error is None and seen.num_tokens >= 1
-        assert 0 <= seen.arrival <= seen.first_token <= seen.finish and seen.sent is not None
+        assert 0 <= seen.arrival <= seen.sent <= seen.first_token <= seen.finish
         assert (seen.mode, seen.path) == ("collocated", "C0")
 
 
@@ -138,6 +141,88 @@ def test_what_ends_a_run_can_be_read():
     with pytest.raises(RuntimeError, match="start the load first"):
         driver.call(lambda cluster: None)
     driver.shutdown()
+
+
+class Deaf:
+    """A cluster that takes requests and does nothing."""
+
+    limits, topology, mode, has_work = SimpleNamespace(vocab_size=500), SimpleNamespace(devices=["cpu"]), "collocated", False
+
+    def __init__(self):
+        self.sent = []
+
+    def submit(self, prompt, sampling, mode):
+        self.sent.append((prompt["prompt_token_ids"], sampling.seed))
+        return SimpleNamespace(request_id=str(len(self.sent)))
+
+    def timeline(self, request_id):
+        return Timeline()
+
+    def cancel(self, request_id):
+        pass
+
+    def shutdown(self):
+        pass
+
+
+def sent_by(driver, cluster, rates, number=30):
+    """The first requests of a start, one rate after the other."""
+    before = len(cluster.sent)
+    driver.start()
+    for rate in rates:
+        driver.change(rate=rate)
+        driver.wait(0.05)
+    driver.change(rate=2000)
+    until(lambda: len(cluster.sent) >= before + number, "too few requests")
+    driver.stop()
+    return cluster.sent[before: before + number]
+
+
+def test_each_start_sends_the_same_requests_in_other_words_whatever_the_rates():
+    cluster = Deaf()
+    driver = LoadDriver(lambda: cluster, Load(rate=100))
+    first, again, slower = (sent_by(driver, cluster, rates) for rates in ((100,), (100,), (30, 0, 60)))
+    for other in (again, slower):
+        assert [(len(prompt), seed) for prompt, seed in other] == [(len(prompt), seed) for prompt, seed in first]
+        assert all(theirs != ours for (theirs, _), (ours, _) in zip(other, first)), "they would be in the prefix cache"
+    assert len({seed for _, seed in first}) == len(first)
+    driver.shutdown()
+
+
+@pytest.mark.parametrize(("keep", "kept"), [({}, KEPT), ({"keep": None}, KEPT + 50), ({"keep": 7}, 7)])
+def test_it_keeps_the_latest_or_all(keep, kept):
+    cluster = Deaf()
+    driver = LoadDriver(lambda: cluster, Load(rate=100), **keep)
+    sent_by(driver, cluster, (), KEPT + 50)
+    ids = [int(seen.request_id) for seen in driver.picture().requests]
+    assert (len(ids) >= kept if keep == {"keep": None} else len(ids) == kept) and ids[-1] == len(cluster.sent)
+    driver.shutdown()
+
+
+def test_the_course_has_each_load_since_it_took_effect():
+    cluster = Deaf()
+    driver = LoadDriver(lambda: cluster, Load(rate=0))
+    driver.start()
+    until(lambda: driver.serving, "it did not start")
+    driver.change(rate=5)
+    driver.change(rate=5)
+    driver.wait(0.2)
+    driver.change(mix="long")
+    until(lambda: len(driver.course().loads) == 3, "a change was not noted, or noted twice")
+    driver.shutdown()
+    loads = driver.course().loads
+    assert [load for _, load in loads] == [Load(rate=0), Load(rate=5), Load(rate=5, mix="long")]
+    assert [since for since, _ in loads] == sorted(since for since, _ in loads) and loads[2][0] - loads[1][0] >= 0.15
+
+
+def test_what_a_router_expected_is_the_best_of_each_way():
+    def score(route, e2e, others, objective):
+        return Score(route, {"others": others}, 0.1, 0.01, e2e, objective)
+
+    c0, c1, apart = Route.collocated("C0"), Route.collocated("C1"), Route("P0", "D0")
+    scores = [score(c1, 0.5, 0.2, 0.7), score(apart, 0.8, 0.0, 0.8), score(c0, 0.6, 0.3, 0.9)]
+    assert expected(Decision(c1, scores)) == {"collocated": (0.5, 0.2), "disaggregated": (0.8, 0.0)}
+    assert expected(Decision(c1)) == {}
 
 
 @pytest.mark.parametrize(("fields", "said"), [

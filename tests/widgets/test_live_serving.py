@@ -9,8 +9,9 @@ import weakref
 
 import pytest
 
+from nanopd.widgets.live_figure import TRACES, draw
 from nanopd.widgets.live_load import Load, Picture, Sample, Seen
-from nanopd.widgets.live_serving import TRACES, LiveServing, modes_of
+from nanopd.widgets.live_serving import LiveServing, modes_of
 from nanopd.widgets.strings import set_language
 
 SECONDS = 60
@@ -54,7 +55,8 @@ def picture():
 
 
 def test_what_was_seen_is_drawn(panel):
-    panel._draw(picture())
+    with panel.figure.batch_update():
+        draw(panel.figure, picture())
     assert (list(trace(panel, "sent collocated").x), list(trace(panel, "sent collocated").y)) == ([1.1], [40])
     assert (list(trace(panel, "sent disaggregated").x), list(trace(panel, "sent disaggregated").y)) == ([1.6], [200])
     assert "<b>1</b>" in trace(panel, "sent disaggregated").hovertext[0]

@@ -134,3 +134,10 @@ def test_nobody_answered():
     assert none.attainment(LOOSE) == none.goodput(LOOSE) == 0 and none.latency("ttft", 0.5) is None
     assert Cell("a", 1.0, math.inf, []).interval(LOOSE) == (0, 0)
     assert SweepExplorer([none], "measured", "a CPU", LOOSE).highest_rate("a") is None
+
+
+def test_seeds_are_pooled():
+    one, other = cell("a", 4, 0.1, 0.01, number=40), cell("a", 4, 0.1, 0.03, number=20)
+    pooled = Cell.pooled([one, other])
+    assert (pooled.line, pooled.rate, len(pooled.requests), pooled.seconds) == ("a", 4, 60, 15.0)
+    assert pooled.goodput(LOOSE) == pytest.approx(40 / 15) and pooled.attainment(LOOSE) == pytest.approx(2 / 3)

@@ -9,8 +9,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from benchmark.load.runs import record_of
 
 from nanopd.benchmark.load import ClientRecord, Load, load_metrics, poisson_schedule, workload
+from nanopd.benchmark.load.run import RunSettings
 from nanopd.config import SLO
 from nanopd.core import TokenEvent
 from nanopd.metrics import meets, quantile
@@ -237,3 +239,53 @@ def test_simulated_requests_are_those_that_count():
     served = loads.simulate(schedule, {"P": 1, "D": 1}, "disaggregated")
     assert [one.arrival for one in served] == [one.time for one in schedule.arrivals if 1.0 <= one.time < 3.0]
     assert {one.mode for one in served} == {"disaggregated"} and all(one.num_tokens == 8 for one in served)
+
+
+# ----------------------------------------------------------------------------------------- 07.8, what was recorded
+
+
+def save_cell(folder, mode, topology, workload, rate, seed=0, ttft=0.1):
+    settings = RunSettings(model="made up", topology=topology, mode=mode, workload=workload, rate=rate, seed=seed, window=5.0,
+                           slo_ttft_ms=500.0, slo_tpot_ms=20.0)
+    record_of(settings, ttft=ttft).save(folder / f"{mode}-{topology.replace(':', '')}-{workload.replace('/', '-')}-{rate}-{seed}.json")
+
+
+def test_a_recorded_sweep_is_of_a_gpu_and_of_long_prompts(tmp_path):
+    for device in ("cpu", "made-up-gpu"):
+        for name in ("short", "long", "1900-2000/9"):
+            save_cell(tmp_path / device / "sweep", "collocated", "C:0 C:1", name, 4.0, ttft=0.9 if device == "cpu" else 0.1)
+    (tmp_path / "made-up-gpu" / "sweep" / "profile.json").write_text("{}")
+    sweep = loads.recorded_sweep(tmp_path)
+    (cell,) = sweep.cells
+    assert sweep.origin == "recorded" and sweep.slo == SLO(0.5, 0.02) and cell.latency("ttft", 0.5) < 0.5
+    assert sweep.device.endswith(", long") and "Made-up GPU" in sweep.device and "abc1234" in sweep.device
+
+
+def test_without_the_workload_the_longest_prompts_are_taken(tmp_path):
+    for name in ("300-400/9", "900-950/9", "50/9"):
+        save_cell(tmp_path / "cpu" / "sweep", "collocated", "C:0 C:1", name, 4.0)
+    assert loads.recorded_sweep(tmp_path).device.endswith(", 900-950/9")
+
+
+def test_modes_have_as_many_gpus_seeds_are_pooled_and_a_mode_is_one_line(tmp_path):
+    folder = tmp_path / "made-up-gpu" / "sweep"
+    for topology, mode in (("C:0", "collocated"), ("C:0 C:1", "collocated"), ("P:0 D:1", "disaggregated"), ("C:0 P:1 D:1", "adaptive"),
+                           ("C:0 C:1", "adaptive"), ("C:0 C:1 C:2 C:3", "collocated")):
+        for rate in (2.0, 4.0):
+            for seed in (0, 1):
+                save_cell(folder, mode, topology, "long", rate, seed)
+    sweep = loads.recorded_sweep(tmp_path)
+    assert [(cell.line, cell.rate) for cell in sweep.cells] == [
+        (mode, rate) for mode in ("collocated", "disaggregated", "adaptive") for rate in (2.0, 4.0)]
+    schedules = [RunSettings(workload="long", rate=4.0, seed=seed, window=5.0).schedule(10**6) for seed in (0, 1)]
+    assert len(sweep.cells[1].requests) == sum(record.counts for schedule in schedules for record in schedule.records())
+
+
+def test_where_nothing_was_recorded_there_is_none(tmp_path):
+    assert loads.recorded_sweep(tmp_path) is None
+
+
+def test_what_comes_with_the_package_has_the_three_modes():
+    sweep = loads.recorded_sweep()
+    assert {cell.line for cell in sweep.cells} == {"collocated", "disaggregated", "adaptive"}
+    assert all(cell.goodput(sweep.slo) >= 0 and cell.requests for cell in sweep.cells)
