@@ -46,6 +46,9 @@ class Cell:
     mix: str  # one of MIXES, or two that take turns: "summaries, stories"
     slo: str
 
+    def __str__(self) -> str:
+        return f"{self.hardware}, {self.num_workers} workers, {self.mix}, {self.slo}"
+
 
 HARDWARE = ("seed/h20", "seed/rtx-4090", "nvidia-h200/qwen3-8b")
 STEADY = ("mixed", "documents", "chat")
@@ -60,7 +63,7 @@ def run(cells: Sequence[Cell], jobs: int) -> tuple[list[dict[str, Any]], dict[st
         rates: dict[Cell, dict[str, float]] = {cell: {} for cell in cells}
         asked = [(cell, way) for cell in cells for way in _Bench(cell).ways]
         for (cell, way), rate in zip(asked, pool.map(_highest_rate, asked)):
-            progress(f"{cell.hardware}, {cell.num_workers} workers, {cell.mix}, {cell.slo}: {way} {rate:.1f} requests/s")
+            progress(f"{cell}: {way} {rate:.1f} requests/s")
             rates[cell][way] = rate
         loads = [(cell, way, load * best) for cell in cells if (best := max(_fixed(rates[cell]).values())) for load in LOADS
                  for way in ("adaptive", *_best_fixed(rates[cell], 2))]

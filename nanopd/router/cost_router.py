@@ -86,21 +86,33 @@ class Writing(NamedTuple):
 
 
 class Spread:
-    """By which factor times miss their forecast: the deviation of its logarithm, learned from a first guess on."""
+    """By which factor times miss their forecast: the deviation of its logarithm, learned from a first guess on.
+
+    It is there to tell whether a promise is kept, so it is learned from times for which that was open. While a load grows, what
+    is far below the bound is as far below its forecast, and stays below the bound.
+    """
 
     FIRST_GUESS_COUNTS = 8.0  # observations
     MEMORY = 256.0
+    NEAR = 0.5  # to a bound, as a logarithm
+    LEAST = 0.05
 
     def __init__(self, guess: float) -> None:
         self._weight, self._squares = self.FIRST_GUESS_COUNTS, self.FIRST_GUESS_COUNTS * guess * guess
         self.deviation = guess
 
-    def learn(self, measured: float, expected: float) -> None:
+    def learn(self, measured: float, expected: float, bound: float) -> None:
+        """No effect where both are far above the bound, or far below."""
         if measured > 0 and expected > 0:
-            keep = 1 - 1 / self.MEMORY
-            self._weight = self._weight * keep + 1
-            self._squares = self._squares * keep + min(abs(log(measured / expected)), 1.5) ** 2
-            self.deviation = max(math.sqrt(self._squares / self._weight), 0.02)
+            miss = self._from(bound, measured) - self._from(bound, expected)
+            if miss:
+                keep = 1 - 1 / self.MEMORY
+                self._weight = self._weight * keep + 1
+                self._squares = self._squares * keep + miss * miss
+                self.deviation = max(math.sqrt(self._squares / self._weight), self.LEAST)
+
+    def _from(self, bound: float, time: float) -> float:
+        return min(max(log(time / bound), -self.NEAR), self.NEAR)
 
     def chance_above(self, bound: float, expected: float) -> float:
         """Probability that the time is longer than `bound`. Both above 0."""
@@ -231,10 +243,10 @@ class CostRouter:
         self.predictor.update(answer.prompt_len, answer.output_len, answer.cut)
         self._num_ended += 1
         score = answer.decision and next((each for each in answer.decision.scores if each.route == answer.decision.route), None)
-        if score is not None:
-            self.ttft_spread.learn(answer.ttft, score.ttft)
+        if score is not None and self.slo is not None:
+            self.ttft_spread.learn(answer.ttft, score.ttft, self.slo.ttft)
             if answer.tpot is not None:
-                self.tpot_spread.learn(answer.tpot, score.tpot)
+                self.tpot_spread.learn(answer.tpot, score.tpot, self.slo.tpot)
 
     # ------------------------------------------------------------------------------------------- the scores
 
