@@ -32,7 +32,7 @@ MIXES = {"mixed": ("mixed", "128"), "documents": ("4000-8000", "100-300"), "chat
          "summaries": ("4000-8000", "20-60"), "stories": ("50-200", "500-1000")}  # prompts, answers
 SLOS = {"tight": 1.6, "loose": 4.0}  # TPOT over what a step of 32 answers takes alone
 WARM_UP, WINDOW = 5.0, 10.0  # seconds
-MOST = 600  # requests of a simulation
+MOST = 2400  # requests of a simulation
 RANGE, PRECISION = (0.4, 1.2), 1.03  # of the estimated capacity, where the highest rate is sought first; and by which factor it is known
 STEPS_UP = 6  # by a half each, from there
 LOADS = (0.5, 0.8, 1.0)  # shares of the best rate
