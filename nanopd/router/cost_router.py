@@ -167,16 +167,19 @@ class CostRouter:
     def choose(self, question: Question, workers: Sequence[WorkerView]) -> Decision | None:
         length = self._length(question)
         both, first, second = self._shortlists(length, workers)
-        running = {worker_id: self._running(worker) for worker_id, worker in {**first, **second, **both}.items()}
-        prompts = {worker_id: self._prompt(question, length, worker, running[worker_id])
-                   for worker_id, worker in {**both, **first}.items()}
-        writings = {worker_id: self._writing(question, length, worker, running[worker_id])
-                    for worker_id, worker in {**both, **second}.items()}
+        prompts: dict[str, Prompt] = {}
+        writings: dict[str, Writing] = {}
+        for worker_id, worker in {**first, **second, **both}.items():
+            running = self._running(worker)
+            if worker_id in first or worker_id in both:
+                prompts[worker_id] = self._prompt(question, length, worker, running)
+            if worker_id in second or worker_id in both:
+                writings[worker_id] = self._writing(question, length, worker, running)
         scores = []
         for worker_id, worker in both.items():
             prompt = prompts[worker_id]
             if question.written:  # one that does all computes that too
-                prompt = self._prompt(question, length, worker, running[worker_id], question.written)
+                prompt = self._prompt(question, length, worker, self._running(worker), question.written)
             scores.append(self._collocated(question, length, prompt, writings[worker_id]))
         scores += self._best_pairs(question, length, [prompts[each] for each in first], [writings[each] for each in second])
         if not scores:
@@ -232,9 +235,11 @@ class CostRouter:
         waited, others, has_slo, tie_break = question.now - question.arrival, self.others, self.slo is not None, length.tie_break
         fewest_bytes = min([writing.num_bytes for writing in writings])
         quickest, layers = self._quickest.exposed_seconds, self.cost.shape.num_layers
-        halves = [(writing, writing.worker_id, has_slo and writing.does_all, writing.wait + writing.asking, others * writing.misses,
-                   writing.in_time, writing.asking + writing.decode * (1 + writing.slower) + others * writing.others)
-                  for writing in writings]
+        halves = []
+        for writing in writings:
+            worker_id, _, does_all, _, wait, asking, decode, slower, _, _, _, held_up, misses, keeps_up = writing
+            halves.append((writing, worker_id, has_slo and does_all, wait + asking, others * misses, keeps_up,
+                           asking + decode * (1 + slower) + others * held_up))
         found = []
         for prompt in prompts:
             prompt_id, _, does_all, queue, prefill, _, _, delayed, misses, in_time = prompt
