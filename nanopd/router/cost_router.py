@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from bisect import insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import erfc, log
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
