@@ -119,7 +119,8 @@ def _parser() -> argparse.ArgumentParser:
 
     study = command("study", _alone(_study), "Simulated: adaptive mode beside each fixed way to use as many workers. Needs no GPU.")
     study.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes that work side by side")
-    study.add_argument("--only", metavar="MIX", help="cells of this mix alone")
+    study.add_argument("--only", nargs="+", default=(), metavar="PART",
+                       help="the cells whose names have all of these in them, such as: h200 mixed tight")
 
     prefixes = command("prefixes", _alone(_prefixes), "Simulated: what it is worth that the router knows who has computed what. "
                                                       "Needs no GPU.")
@@ -272,9 +273,10 @@ def _routing(options: argparse.Namespace) -> Found:
 def _study(options: argparse.Namespace) -> Found:
     from nanopd.benchmark import study
 
-    cells = [cell for cell in study.CELLS if options.only in (None, cell.mix)]
+    cells = [cell for cell in study.CELLS if all(part in str(cell) for part in options.only)]
     if not cells:
-        raise ValueError(f"no cell has the mix {options.only!r}; mixes are {'; '.join(dict.fromkeys(cell.mix for cell in study.CELLS))}")
+        raise ValueError(f"no cell has all of {', '.join(map(repr, options.only))} in its name; there are\n"
+                         + "\n".join(map(str, study.CELLS)))
     rows, summary = study.run(cells, options.jobs)
     return Found({}, rows, summary, [SIMULATED], on_cpu=True)
 

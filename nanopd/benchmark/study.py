@@ -32,7 +32,8 @@ MIXES = {"mixed": ("mixed", "128"), "documents": ("4000-8000", "100-300"), "chat
          "summaries": ("4000-8000", "20-60"), "stories": ("50-200", "500-1000")}  # prompts, answers
 SLOS = {"tight": 1.6, "loose": 4.0}  # TPOT over what a step of 32 answers takes alone
 WARM_UP, WINDOW = 5.0, 10.0  # seconds
-MOST = 600  # requests of a simulation
+LASTING = 6  # answers, one after the other, that the requests come for at least: a load that is too much takes a while to show it
+MOST = 2400  # requests of a simulation
 RANGE, PRECISION = (0.4, 1.2), 1.03  # of the estimated capacity, where the highest rate is sought first; and by which factor it is known
 STEPS_UP = 6  # by a half each, from there
 LOADS = (0.5, 0.8, 1.0)  # shares of the best rate
@@ -45,6 +46,9 @@ class Cell:
     num_workers: int
     mix: str  # one of MIXES, or two that take turns: "summaries, stories"
     slo: str
+
+    def __str__(self) -> str:
+        return f"{self.hardware}, {self.num_workers} workers, {self.mix}, {self.slo}"
 
 
 HARDWARE = ("seed/h20", "seed/rtx-4090", "nvidia-h200/qwen3-8b")
@@ -60,7 +64,7 @@ def run(cells: Sequence[Cell], jobs: int) -> tuple[list[dict[str, Any]], dict[st
         rates: dict[Cell, dict[str, float]] = {cell: {} for cell in cells}
         asked = [(cell, way) for cell in cells for way in _Bench(cell).ways]
         for (cell, way), rate in zip(asked, pool.map(_highest_rate, asked)):
-            progress(f"{cell.hardware}, {cell.num_workers} workers, {cell.mix}, {cell.slo}: {way} {rate:.1f} requests/s")
+            progress(f"{cell}: {way} {rate:.1f} requests/s")
             rates[cell][way] = rate
         loads = [(cell, way, load * best) for cell in cells if (best := max(_fixed(rates[cell]).values())) for load in LOADS
                  for way in ("adaptive", *_best_fixed(rates[cell], 2))]
@@ -123,6 +127,7 @@ class _Bench:
         drawn = random.Random(0)
         self.mixes = [Mix(tuple(draw(drawn) for _ in range(256))) for draw in self.draws]
         self.slo = self._slo(SLOS[cell.slo])
+        self.seconds = max(WARM_UP + WINDOW, LASTING * self.mixes[0].answer * self.slo.tpot)
         planner = Planner(self.cost, SIZE, self.slo)
         ranks = [dict(planner.rank(cell.num_workers, mix)) for mix in self.mixes]
         self.capacities = [max(rank.values()) for rank in ranks]
@@ -142,7 +147,7 @@ class _Bench:
     def arrivals(self, rate: float) -> list[Arrival]:
         """At this rate; of mixes that take turns each at its share of what the workers can serve of it."""
         if len(self.draws) == 1:
-            return poisson(rate, max(32, min(MOST, round(rate * (WARM_UP + WINDOW)))), self.draws[0])
+            return poisson(rate, max(32, min(MOST, round(rate * self.seconds))), self.draws[0])
         found: list[Arrival] = []
         for number in range(4):
             turn = number % len(self.draws)

@@ -12,7 +12,9 @@ from dataclasses import dataclass, fields
 from nanopd.cost_model.analytical import StepWork, attended_pairs
 from nanopd.router.prefix_index import PrefixIndex
 
-RECENT = 10.0  # seconds after which a prompt counts 1/e for how many come
+RECENT = 5.0  # seconds after which a prompt counts 1/e for how many come
+SHORTEST = 1.0  # second: in less, it is not told how many come in one
+FORGOTTEN = 1e-3  # prompts that still count: so few are none
 
 
 @dataclass(slots=True)
@@ -39,7 +41,7 @@ class Book:
         self._running: StepWork | None = StepWork()  # until it changes
         self.queued_since = -math.inf
         self._recent_prompts = self._recent_tokens = 0.0
-        self._recent_until = -math.inf
+        self._recent_until = self._recent_since = -math.inf
 
     # ------------------------------------------------------------------------------------------ what is noted
 
@@ -69,6 +71,8 @@ class Book:
     def count(self, new_tokens: int, now: float) -> None:
         """A prompt of so many new tokens has come to be computed here."""
         fading = self._fading(now)
+        if self._recent_prompts * fading < FORGOTTEN:
+            self._recent_since = now
         self._recent_prompts = self._recent_prompts * fading + 1
         self._recent_tokens = self._recent_tokens * fading + new_tokens
         self._recent_until = now
@@ -143,8 +147,9 @@ class Book:
 
     def prompts_per_second(self, now: float) -> tuple[float, float]:
         """Prompts that were lately to be computed here, and their new tokens."""
-        fading = self._fading(now) / RECENT
-        return self._recent_prompts * fading, self._recent_tokens * fading
+        seconds = RECENT * -math.expm1((self._recent_since - now) / RECENT)  # that count, of those since they come
+        share = self._fading(now) / max(seconds, SHORTEST)
+        return self._recent_prompts * share, self._recent_tokens * share
 
     def _fading(self, now: float) -> float:
         return math.exp((self._recent_until - now) / RECENT)

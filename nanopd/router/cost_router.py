@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from bisect import insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import erfc, log
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
@@ -34,11 +34,12 @@ TIE_BREAK = 0.01  # missed SLOs that a second's worth of each bound counts as
 
 class Length(NamedTuple):
     """Forecast of an answer's length in tokens, how many steps are left for it after the prompt's last one (taken to be at least
-    1), and a low, middle and high third of its lengths."""
+    1), and a low, middle and high third of its lengths. `tie_break`: what a second of it counts beside missed SLOs."""
 
     mean: float
     steps: float
     thirds: tuple[float, float, float]
+    tie_break: float
 
 
 class Running(NamedTuple):
@@ -86,25 +87,40 @@ class Writing(NamedTuple):
 
 
 class Spread:
-    """By which factor times miss their forecast: the deviation of its logarithm, learned from a first guess on."""
+    """By which factor times miss their forecast: the deviation of its logarithm, learned from a first guess on.
+
+    It is there to tell whether a promise is kept, so it is learned from times for which that was open. While a load grows, what
+    is far below the bound is as far below its forecast, and stays below the bound.
+    """
 
     FIRST_GUESS_COUNTS = 8.0  # observations
     MEMORY = 256.0
+    NEAR = 0.5  # to a bound, as a logarithm
+    LEAST = 0.05
 
     def __init__(self, guess: float) -> None:
         self._weight, self._squares = self.FIRST_GUESS_COUNTS, self.FIRST_GUESS_COUNTS * guess * guess
-        self.deviation = guess
+        self._set(guess)
 
-    def learn(self, measured: float, expected: float) -> None:
+    def learn(self, measured: float, expected: float, bound: float) -> None:
+        """No effect where both are far above the bound, or far below."""
         if measured > 0 and expected > 0:
-            keep = 1 - 1 / self.MEMORY
-            self._weight = self._weight * keep + 1
-            self._squares = self._squares * keep + min(abs(log(measured / expected)), 1.5) ** 2
-            self.deviation = max(math.sqrt(self._squares / self._weight), 0.02)
+            miss = self._from(bound, measured) - self._from(bound, expected)
+            if miss:
+                keep = 1 - 1 / self.MEMORY
+                self._weight = self._weight * keep + 1
+                self._squares = self._squares * keep + miss * miss
+                self._set(max(math.sqrt(self._squares / self._weight), self.LEAST))
+
+    def _set(self, deviation: float) -> None:
+        self.deviation, self.width = deviation, deviation * ROOT_2
+
+    def _from(self, bound: float, time: float) -> float:
+        return min(max(log(time / bound), -self.NEAR), self.NEAR)
 
     def chance_above(self, bound: float, expected: float) -> float:
         """Probability that the time is longer than `bound`. Both above 0."""
-        return erfc(log(bound / expected) / (self.deviation * ROOT_2)) / 2
+        return erfc(log(bound / expected) / self.width) / 2
 
 
 class CostRouter:
@@ -144,22 +160,26 @@ class CostRouter:
         self._quickest = TransferCost("any", "any", "any", min((link.latency_seconds for link in cost.transfers), default=0.0),
                                       max((link.bytes_per_second for link in cost.transfers), default=sys.float_info.max))
         self._batches: dict[int, float] = {}  # seconds of a step of so many decodes, without their contexts
+        self._context_seconds = cost.decode.context_token_seconds
 
     # ------------------------------------------------------------------------------------------- the choice
 
     def choose(self, question: Question, workers: Sequence[WorkerView]) -> Decision | None:
         length = self._length(question)
         both, first, second = self._shortlists(length, workers)
-        running = {worker_id: self._running(worker) for worker_id, worker in (both | first | second).items()}
-        prompts = {worker_id: self._prompt(question, length, worker, running[worker_id])
-                   for worker_id, worker in (both | first).items()}
-        writings = {worker_id: self._writing(question, length, worker, running[worker_id])
-                    for worker_id, worker in (both | second).items()}
+        prompts: dict[str, Prompt] = {}
+        writings: dict[str, Writing] = {}
+        for worker_id, worker in {**first, **second, **both}.items():
+            running = self._running(worker)
+            if worker_id in first or worker_id in both:
+                prompts[worker_id] = self._prompt(question, length, worker, running)
+            if worker_id in second or worker_id in both:
+                writings[worker_id] = self._writing(question, length, worker, running)
         scores = []
         for worker_id, worker in both.items():
             prompt = prompts[worker_id]
             if question.written:  # one that does all computes that too
-                prompt = self._prompt(question, length, worker, running[worker_id], question.written)
+                prompt = self._prompt(question, length, worker, self._running(worker), question.written)
             scores.append(self._collocated(question, length, prompt, writings[worker_id]))
         scores += self._best_pairs(question, length, [prompts[each] for each in first], [writings[each] for each in second])
         if not scores:
@@ -182,7 +202,7 @@ class CostRouter:
             looks = {role: self._looks(length, those) for role, those in able.items()}
             soft = looks["C"] if self.cost.transfers else []
             both, first, second = _least(looks["C"], 0), _least(looks["P"] + soft, 0), _least(looks["D"] + soft, 1)
-        return tuple({worker.worker_id: worker for worker in those} for those in (both, first, second))
+        return _by_id(both), _by_id(first), _by_id(second)
 
     def _looks(self, length: Length, workers: Sequence[WorkerView]) -> list[tuple[float, float, WorkerView]]:
         """What is in the way there, roughly, in seconds: of all that is to be done, and of the answer alone."""
@@ -207,71 +227,73 @@ class CostRouter:
         return best
 
     def _pairs(self, question: Question, length: Length, prompts: Sequence[Prompt],
-               writings: Sequence[Writing]) -> Iterator[tuple[float, Prompt, Writing]]:
+               writings: Sequence[Writing]) -> list[tuple[float, Prompt, Writing]]:
         """Of two workers each, and their least objective. Where TPOTs are promised, one of the two keeps to its part: who writes
         where any prompt may come is not safe."""
-        waited, others, slo, tie_break = question.now - question.arrival, self.others, self.slo, self._tie_break(length)
-        fewest_bytes = min((writing.num_bytes for writing in writings), default=0)
-        halves = [(writing, writing.worker_id, writing.wait + writing.asking, others * writing.misses, writing.in_time,
-                   writing.asking + writing.decode * (1 + writing.slower) + others * writing.others) for writing in writings]
+        if not (prompts and writings):
+            return []
+        waited, others, has_slo, tie_break = question.now - question.arrival, self.others, self.slo is not None, length.tie_break
+        fewest_bytes = min([writing.num_bytes for writing in writings])
+        quickest, layers = self._quickest.exposed_seconds, self.cost.shape.num_layers
+        halves = []
+        for writing in writings:
+            worker_id, _, does_all, _, wait, asking, decode, slower, _, _, _, held_up, misses, keeps_up = writing
+            halves.append((writing, worker_id, has_slo and does_all, wait + asking, others * misses, keeps_up,
+                           asking + decode * (1 + slower) + others * held_up))
+        found = []
         for prompt in prompts:
-            does_all = slo is not None and prompt.does_all
-            queue, misses, in_time = prompt.queue, others * prompt.misses, prompt.in_time
-            first = (waited + prompt.prefill + self.message_seconds + others * prompt.others
-                     + self._quickest.exposed_seconds(fewest_bytes, prompt.prefill, self.cost.shape.num_layers))
-            for writing, worker_id, room, more_misses, keeps_up, second in halves:
-                if worker_id != prompt.worker_id and not (does_all and writing.does_all):
+            prompt_id, _, does_all, queue, prefill, _, _, delayed, misses, in_time = prompt
+            misses *= others
+            first = waited + prefill + self.message_seconds + others * delayed + quickest(fewest_bytes, prefill, layers)
+            for writing, worker_id, is_soft, room, more_misses, keeps_up, second in halves:
+                if worker_id != prompt_id and not (does_all and is_soft):
                     least = first + second + (queue if queue > room else room)
-                    if slo is not None:
+                    if has_slo:
                         least = 1 - in_time * keeps_up + misses + more_misses + tie_break * least
-                    yield least, prompt, writing
+                    found.append((least, prompt, writing))
+        return found
 
     def ended(self, answer: Ended) -> None:
         """Learn from an answer how long answers are, and from its times how good forecasts are."""
         self.predictor.update(answer.prompt_len, answer.output_len, answer.cut)
         self._num_ended += 1
         score = answer.decision and next((each for each in answer.decision.scores if each.route == answer.decision.route), None)
-        if score is not None:
-            self.ttft_spread.learn(answer.ttft, score.ttft)
+        if score is not None and self.slo is not None:
+            self.ttft_spread.learn(answer.ttft, score.ttft, self.slo.ttft)
             if answer.tpot is not None:
-                self.tpot_spread.learn(answer.tpot, score.tpot)
+                self.tpot_spread.learn(answer.tpot, score.tpot, self.slo.tpot)
 
     # ------------------------------------------------------------------------------------------- the scores
 
     def _collocated(self, question: Question, length: Length, prompt: Prompt, writing: Writing) -> Score:
         """Of one worker. Prompts that come later hold the answer up as they have held up others lately, and its own prompt
         holds up those."""
-        terms = {"waited": question.now - question.arrival, "queue": prompt.queue + writing.wait, "prefill": prompt.prefill,
-                 "decode": writing.decode, "interference": writing.decode * writing.slower,
-                 "others": prompt.others + writing.others}
+        worker_id, _, _, queue, prefill, delay, _, delayed, _, in_time = prompt
+        _, _, _, _, wait, _, decode, slower, batch, then, late, others, _, _ = writing
         misses = 0.0
-        if self.slo is not None and writing.batch:
-            then = writing.then + prompt.delay / length.steps
-            misses = writing.batch * self.tpot_spread.chance_above(self.slo.tpot, then) - writing.late
-        in_time = None if writing.wait else prompt.in_time
-        return self._score(question, length, self._route(prompt.worker_id, writing.worker_id), terms,
-                           writing.decode * (1 + writing.slower), 0.0, misses, in_time)
+        if batch and self.slo is not None:
+            misses = batch * self.tpot_spread.chance_above(self.slo.tpot, then + delay / length.steps) - late
+        interference = decode * slower
+        terms = {"waited": question.now - question.arrival, "queue": queue + wait, "prefill": prefill, "decode": decode,
+                 "interference": interference, "others": delayed + others}
+        return self._score(question, length, self._route(worker_id, worker_id), terms, decode * (1 + slower), 0.0, misses,
+                           None if wait else in_time)
 
     def _pair(self, question: Question, length: Length, prompt: Prompt, writing: Writing) -> Score:
-        queue, transfer = self._between(prompt, writing)
-        handover = writing.asking + self.message_seconds
-        terms = {"waited": question.now - question.arrival, "queue": queue, "prefill": prompt.prefill, "transfer": transfer,
-                 "handover": handover, "decode": writing.decode, "interference": writing.decode * writing.slower,
-                 "others": prompt.others + writing.others}
-        in_time = prompt.in_time if queue == prompt.queue else None
-        return self._score(question, length, self._route(prompt.worker_id, writing.worker_id), terms,
-                           writing.decode * (1 + writing.slower), transfer + handover, prompt.misses + writing.misses, in_time)
-
-    def _between(self, prompt: Prompt, writing: Writing) -> tuple[float, float]:
-        """Of a pair: seconds in the queue, and those after the prompt until its KV has arrived."""
-        room = writing.wait + writing.asking
-        queue = prompt.queue if prompt.queue > room else room
-        link = self._links.get((prompt.device, writing.device)) or self._link(prompt.device, writing.device)
-        transfer = link.exposed_seconds(writing.num_bytes, prompt.prefill, self.cost.shape.num_layers)
-        if prompt.sending:  # what is on its way before this prompt's
-            sending = prompt.sending * self.cost.shape.kv_bytes_per_token / link.bytes_per_second
-            transfer += max(0.0, sending - queue - prompt.prefill)
-        return queue, transfer
+        prefill_id, source, _, prompt_queue, prefill, _, sending, delayed, misses, in_time = prompt
+        decode_id, destination, _, num_bytes, wait, asking, decode, slower, _, _, _, others, more_misses, _ = writing
+        room = wait + asking
+        queue = prompt_queue if prompt_queue > room else room
+        link = self._links.get((source, destination)) or self._link(source, destination)
+        transfer = link.exposed_seconds(num_bytes, prefill, self.cost.shape.num_layers)
+        if sending:  # what is on its way before this prompt's
+            before = sending * self.cost.shape.kv_bytes_per_token / link.bytes_per_second
+            transfer += max(0.0, before - queue - prefill)
+        handover = asking + self.message_seconds
+        terms = {"waited": question.now - question.arrival, "queue": queue, "prefill": prefill, "transfer": transfer,
+                 "handover": handover, "decode": decode, "interference": decode * slower, "others": delayed + others}
+        return self._score(question, length, self._route(prefill_id, decode_id), terms, decode * (1 + slower), transfer + handover,
+                           misses + more_misses, in_time if queue == prompt_queue else None)
 
     def _score(self, question: Question, length: Length, route: Route, terms: dict[str, float], each: float, once: float,
                misses: float, in_time: float | None) -> Score:
@@ -282,14 +304,10 @@ class CostRouter:
         steps = length.steps
         objective = e2e + self.others * terms["others"]
         if self.slo is not None:
-            in_time = self._in_time(ttft) if in_time is None else in_time
+            in_time = 1 - self.ttft_spread.chance_above(self.slo.ttft, ttft) if in_time is None else in_time
             objective = (1 - in_time * self._chance_to_keep_up(question, length, each / steps, once) + self.others * misses
-                         + self._tie_break(length) * objective)
+                         + length.tie_break * objective)
         return Score(route, terms, ttft, (each + once) / steps, e2e, objective)
-
-    def _tie_break(self, length: Length) -> float:
-        """What a second counts beside missed SLOs."""
-        return TIE_BREAK / (self.slo.ttft + length.mean * self.slo.tpot) if self.slo is not None else 0.0
 
     def _route(self, prefill: str, decode: str) -> Route:
         route = self._routes.get((prefill, decode))
@@ -300,66 +318,68 @@ class CostRouter:
     # -------------------------------------------------------------------------------- what the scores are made of
 
     def _running(self, worker: WorkerView) -> Running:
-        _, _, decodes, contexts = worker.running
-        does_all = worker.role == "C" and worker.worker_id not in self.parts
-        return Running(does_all, decodes, contexts, self._step(decodes, contexts) if decodes else 0.0,
-                       self._slower(worker, decodes, contexts))
+        role, (_, _, decodes, contexts) = worker.role, worker.running
+        if role == "P" and not decodes:
+            return WRITES_NOTHING
+        step = self._step(decodes, contexts) if decodes else 0.0
+        return Running(role == "C" and worker.worker_id not in self.parts, decodes, contexts, step,
+                       self._slower(worker, decodes, contexts, step))
 
     def _prompt(self, question: Question, length: Length, worker: WorkerView, running: Running, written: int = 0) -> Prompt:
         """On a worker, whoever writes the answer. It holds up those that are written there. `written`: tokens that are computed
         with it."""
-        does_all, decodes, _, step, slower = running
-        room = max(self.chunk_tokens - decodes, 1)  # for prompts, in a step
-        queue = self._queue(question, worker, running, room)
+        does_all, decodes, contexts, step, slower = running
+        room = self.chunk_tokens - decodes  # for prompts, in a step
+        room = room if room > 1 else 1
         cached = worker.cached_tokens if self.reads_prefixes else 0
         new = question.prompt_len + written - cached
         steps = -(-new // room)
-        prefill = self._prefill_seconds(new, attended_pairs(new, cached), steps, running)
-        delay = misses = 0.0
-        if decodes:
-            queue = max(queue, step / 2)
-            delay = prefill - steps * step
-            if self.slo is not None:
-                now, above = step * (1 + slower), self.tpot_spread.chance_above
-                misses = decodes * (above(self.slo.tpot, now + delay / length.steps) - above(self.slo.tpot, now))
-        in_time = self._in_time(question.now - question.arrival + queue + prefill) if self.slo is not None else 1.0
-        return Prompt(worker.worker_id, worker.device, does_all, queue, prefill, delay, worker.sending_tokens,
-                      decodes * delay, misses, in_time)
-
-    def _queue(self, question: Question, worker: WorkerView, running: Running, room: int) -> float:
-        """Seconds until the prompts before this one are computed."""
+        prefill = self._prefill_seconds(new, new * (cached + (new + 1) / 2), steps, decodes, contexts, step)
+        queue, delay, delayed, misses = 0.0, 0.0, 0.0, 0.0
         tokens, pairs, _, _ = worker.queued
-        if not tokens:
-            return 0.0
-        return max(0.0, self._prefill_seconds(tokens, pairs, -(-tokens // room), running) - (question.now - worker.queued_since))
+        if tokens:  # prompts before this one
+            busy = self._prefill_seconds(tokens, pairs, -(-tokens // room), decodes, contexts, step)
+            queue = max(0.0, busy - (question.now - worker.queued_since))
+        slo, in_time = self.slo, 1.0
+        if decodes:
+            queue = queue if queue > step / 2 else step / 2
+            delay = prefill - steps * step
+            delayed = decodes * delay
+            if slo is not None:
+                now, bound, width = step * (1 + slower), slo.tpot, self.tpot_spread.width
+                misses = decodes * (erfc(log(bound / (now + delay / length.steps)) / width) / 2 - erfc(log(bound / now) / width) / 2)
+        if slo is not None:
+            in_time = 1 - erfc(log(slo.ttft / (question.now - question.arrival + queue + prefill)) / self.ttft_spread.width) / 2
+        return Prompt(worker.worker_id, worker.device, does_all, queue, prefill, delay, worker.sending_tokens, delayed, misses,
+                      in_time)
 
-    def _prefill_seconds(self, tokens: int, pairs: float, steps: int, running: Running) -> float:
-        """In so many steps, with what is decoded there."""
-        _, decodes, contexts, step, _ = running
+    def _prefill_seconds(self, tokens: int, pairs: float, steps: int, decodes: int, contexts: int, alone: float) -> float:
+        """In so many steps, with what is decoded there, which takes `alone` seconds by itself."""
         if not decodes:
             return steps * self.cost.prefill.seconds(tokens / steps, pairs / steps)
-        return steps * self.cost.beside_seconds(tokens / steps, pairs / steps, decodes, contexts, step)
+        return steps * self.cost.beside_seconds(tokens / steps, pairs / steps, decodes, contexts, alone)
 
     def _writing(self, question: Question, length: Length, worker: WorkerView, running: Running) -> Writing:
         does_all, decodes, contexts, step, slower = running
-        num_answers, prompt_len, batch = question.num_answers, question.prompt_len, worker.seats
+        _, prompt_len, _, _, num_answers, written, _, _ = question
+        mean, steps, _, _ = length
+        batch = worker.seats
         if batch != decodes:  # those that have yet to begin have prompts like this one, for all one knows
             contexts += (batch - decodes) * prompt_len
             step = self._step(batch, contexts)
-        context = prompt_len + (question.written + length.mean) / 2
-        after = self._step(batch + num_answers, contexts + num_answers * context)
-        sent, steps = prompt_len - (worker.cached_tokens if self.reads_prefixes else 0), length.steps
+        after = self._step(batch + num_answers, contexts + num_answers * (prompt_len + (written + mean) / 2))
+        sent = prompt_len - (worker.cached_tokens if self.reads_prefixes else 0)
         lacking, waiting = sent - worker.free_tokens, num_answers - worker.free_seats
         wait = late = misses = 0.0
         if batch and (lacking > 0 or waiting > 0):  # each that is there stays for its length, and leaves its seat and its context
-            wait = min(max(lacking / max(contexts, 1), waiting / batch), 1.0) * length.mean * step
+            wait = min(max(lacking / max(contexts, 1), waiting / batch), 1.0) * mean * step
         then, in_time = after * (1 + slower), 1.0
         if self.slo is not None:
-            above, bound = self.tpot_spread.chance_above, self.slo.tpot
-            too_slow = above(bound, then)
+            bound, width = self.slo.tpot, self.tpot_spread.width
+            too_slow = erfc(log(bound / then) / width) / 2
             in_time = 1 - too_slow
             if batch:
-                late = batch * above(bound, step * (1 + slower))
+                late = batch * (erfc(log(bound / (step * (1 + slower))) / width) / 2)
                 misses = batch * too_slow - late
         return Writing(worker.worker_id, worker.device, does_all, sent * self.cost.shape.kv_bytes_per_token, wait,
                        step / 2, steps * after, slower, batch, then, late, batch * steps * (after - step), misses, in_time)
@@ -369,17 +389,18 @@ class CostRouter:
         seconds = self._batches.get(decodes)
         if seconds is None:
             seconds = self._batches[decodes] = self.cost.decode.seconds(decodes, 0)
-        return seconds + contexts * self.cost.decode.context_token_seconds
+        return seconds + contexts * self._context_seconds
 
-    def _slower(self, worker: WorkerView, decodes: int, contexts: int) -> float:
-        """By which share decode steps take longer because of prompts to come, if those come as they came lately."""
+    def _slower(self, worker: WorkerView, decodes: int, contexts: int, alone: float) -> float:
+        """By which share decode steps, which take `alone` seconds, take longer because of prompts to come, if those come as they
+        came lately."""
         prompts, tokens = worker.prompts_per_second
         if prompts < LEAST_RATE:
             return 0.0
-        decodes = max(decodes, 1)
-        new = tokens / prompts
-        steps = max(1.0, new / max(self.chunk_tokens - decodes, 1))
-        alone = self._step(decodes, contexts)
+        if not decodes:
+            decodes, alone = 1, self._step(1, contexts)
+        new, room = tokens / prompts, self.chunk_tokens - decodes
+        steps = new / room if new > room > 1 else new if room <= 1 < new else 1.0
         longer = steps * (self.cost.beside_seconds(new / steps, attended_pairs(new) / steps, decodes, contexts, alone) - alone)
         share = min(max(prompts * longer, 0.0), BUSIEST)  # of the time
         return share / (1 - share)
@@ -388,25 +409,26 @@ class CostRouter:
         link = self._links[source, destination] = self.cost.transfer(source or "", destination or "")
         return link
 
-    def _in_time(self, ttft: float) -> float:
-        return 1 - self.ttft_spread.chance_above(self.slo.ttft, ttft)
-
     def _chance_to_keep_up(self, question: Question, length: Length, per_token: float, once: float) -> float:
         """Of tokens after the first within the SLO. What is paid once weighs more on a short answer."""
         if per_token <= 0:
             return 1.0
-        chance_above, bound = self.tpot_spread.chance_above, self.slo.tpot
-        done = question.written + 1
-        if once < SMALL * per_token * max(1.0, length.thirds[0] - done):
-            return 1 - chance_above(bound, per_token + once / max(1.0, length.mean - done))
-        return 1 - sum(chance_above(bound, per_token + once / max(1.0, tokens - done)) for tokens in length.thirds) / 3
+        width, bound = self.tpot_spread.width, self.slo.tpot
+        done, (low, middle, high) = question.written + 1, length.thirds
+        low = low - done if low - done > 1.0 else 1.0
+        if once < SMALL * per_token * low:
+            return 1 - erfc(log(bound / (per_token + once / max(1.0, length.mean - done))) / width) / 2
+        middle = middle - done if middle - done > 1.0 else 1.0
+        high = high - done if high - done > 1.0 else 1.0
+        return 1 - (erfc(log(bound / (per_token + once / low)) / width) / 2 + erfc(log(bound / (per_token + once / middle)) / width) / 2
+                    + erfc(log(bound / (per_token + once / high)) / width) / 2) / 3
 
     # -------------------------------------------------------------------------------------------- the length
 
     def _length(self, question: Question) -> Length:
         if question.min_tokens >= question.max_tokens:
             tokens = float(question.max_tokens)
-            return _length(question, tokens, (tokens, tokens, tokens))
+            return self._of_length(question, tokens, (tokens, tokens, tokens))
         if question.written:
             return self._forecast(question)
         key = question.prompt_len.bit_length(), question.max_tokens
@@ -418,15 +440,19 @@ class CostRouter:
 
     def _forecast(self, question: Question) -> Length:
         if question.written >= question.max_tokens:
-            return _length(question, question.max_tokens, (question.max_tokens,) * 3)
+            return self._of_length(question, question.max_tokens, (question.max_tokens,) * 3)
         forecast = self.predictor.predict(question.prompt_len, question.max_tokens, question.written)
         least = question.min_tokens
-        return _length(question, max(forecast.mean(), least),
-                       tuple(max(forecast.quantile(p), least) for p in (1 / 6, 1 / 2, 5 / 6)))
+        return self._of_length(question, max(forecast.mean(), least),
+                               tuple(max(forecast.quantile(p), least) for p in (1 / 6, 1 / 2, 5 / 6)))
+
+    def _of_length(self, question: Question, mean: float, thirds: tuple[float, float, float]) -> Length:
+        tie_break = TIE_BREAK / (self.slo.ttft + mean * self.slo.tpot) if self.slo is not None else 0.0
+        return Length(mean, max(1.0, mean - question.written - 1), thirds, tie_break)
 
 
-def _length(question: Question, mean: float, thirds: tuple[float, float, float]) -> Length:
-    return Length(mean, max(1.0, mean - question.written - 1), thirds)
+def _by_id(workers: Sequence[WorkerView]) -> dict[str, WorkerView]:
+    return {worker.worker_id: worker for worker in workers}
 
 
 def _least(looks: list[tuple[float, float, WorkerView]], by: int) -> list[WorkerView]:
@@ -435,3 +461,4 @@ def _least(looks: list[tuple[float, float, WorkerView]], by: int) -> list[Worker
 
 OBJECTIVE = attrgetter("objective")
 LEAST = itemgetter(0)
+WRITES_NOTHING = Running(False, 0, 0, 0.0, 0.0)

@@ -75,8 +75,11 @@ def test_routing_needs_two_gpus_or_to_be_told_cpu(no_gpu, monkeypatch, tmp_path)
     assert load("routing", folder=tmp_path).rows == [{"mode": "adaptive"}]
 
 
-@pytest.mark.parametrize("args", [("--only", "chat"), ()])
-def test_study_takes_a_mix_s_cells_or_all(monkeypatch, tmp_path, args):
+@pytest.mark.parametrize("args, fits", [
+    (("--only", "chat"), lambda cell: cell.mix == "chat"),
+    (("--only", "4090", "mixed", "tight"), lambda cell: (cell.hardware, cell.mix, cell.slo) == ("seed/rtx-4090", "mixed", "tight")),
+    ((), lambda cell: True)])
+def test_study_takes_the_cells_that_are_named_or_all(monkeypatch, tmp_path, args, fits):
     from nanopd.benchmark import study
 
     asked = []
@@ -84,14 +87,14 @@ def test_study_takes_a_mix_s_cells_or_all(monkeypatch, tmp_path, args):
     result = run("study", "--jobs", 1, *args, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     (cells, jobs), = asked
-    assert jobs == 1 and cells == [cell for cell in study.CELLS if not args or cell.mix == "chat"]
+    assert jobs == 1 and cells == [cell for cell in study.CELLS if fits(cell)] != []
     report = load("study", folder=tmp_path)
     assert report.device["kind"] == "cpu" and "simulated, not measured" in report.notes[0]
 
 
-def test_study_of_a_mix_that_there_is_not(tmp_path):
-    result = run("study", "--only", "poems", "--out", tmp_path)
-    assert result.exit_code == 2 and "poems" in result.output and "; documents" in result.output
+def test_study_of_a_cell_that_there_is_not(tmp_path):
+    result = run("study", "--only", "h200", "poems", "--out", tmp_path)
+    assert result.exit_code == 2 and "poems" in result.output and "seed/h20, 4 workers, mixed, tight" in result.output
 
 
 @pytest.mark.parametrize("args, says", [

@@ -84,3 +84,10 @@ def test_fixed_ways_are_all_pairs_of_few_workers_and_the_best_and_its_neighbours
     many = splits(Cell("nvidia-h200/qwen3-8b", 8, "mixed", "loose"))
     assert many[0] == Split(C=8) and 2 <= len(many[1:]) <= 3
     assert [split.P for split in many[1:]] == list(range(many[1].P, many[1].P + len(many) - 1))
+
+
+def test_requests_come_for_longer_than_answers_take():
+    """Else a load that only grows would be taken for one that can be kept up."""
+    slow, quick = _Bench(Cell("seed/h20", 4, "chat", "loose")), _Bench(Cell("nvidia-h200/qwen3-8b", 4, "mixed", "tight"))
+    assert slow.arrivals(2.0)[-1].time > 5 * slow.mixes[0].answer * slow.slo.tpot > study.WARM_UP + study.WINDOW
+    assert quick.arrivals(20.0)[-1].time == pytest.approx(study.WARM_UP + study.WINDOW, rel=0.2)

@@ -149,3 +149,19 @@ def test_how_many_prompts_came_lately_fades():
     prompts, tokens = book.prompts_per_second(200.0)
     assert prompts == pytest.approx(5, rel=0.02) and tokens == pytest.approx(500, rel=0.02)
     assert book.prompts_per_second(200.0 + 5 * RECENT)[0] < 0.05
+
+
+@pytest.mark.parametrize("begin", [0.0, 500.0])
+def test_how_many_prompts_come_is_known_soon_after_they_begin_to_come(begin):
+    """Also where some came long ago."""
+    book = Book()
+    book.count(100, 0.0)
+    for number in range(21):  # 10 a second
+        book.count(100, begin + number / 10)
+    assert book.prompts_per_second(begin + 2.0)[0] == pytest.approx(10, rel=0.1)
+
+
+def test_the_first_prompt_makes_no_crowd():
+    book = Book()
+    book.count(100, 7.0)
+    assert book.prompts_per_second(7.0) == (1.0, 100.0)
