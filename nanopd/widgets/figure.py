@@ -65,7 +65,10 @@ class FigureView(anywidget.AnyWidget):
     export default {
       async render({ model, el }) {
         const plot = el.appendChild(document.createElement("div"));
-        globalThis.nanopdPlotly ??= evaluate(model);
+        globalThis.nanopdPlotly ??= evaluate(model).catch((error) => {
+          globalThis.nanopdPlotly = undefined;  // the next figure may have more luck
+          throw error;
+        });
         const Plotly = await globalThis.nanopdPlotly;
         let drawing = false, changed = false, width = 0;
 
