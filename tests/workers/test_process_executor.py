@@ -247,7 +247,8 @@ def test_five_times_leave_nothing(reference):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(executor="ray"), "unknown executor 'ray'; there are inline, process"),
+    (dict(executor="fax"), "unknown executor 'fax'; there are inline, process, ray"),
+    (dict(transport="peer", executor="ray"), "needs memory that both sides can map"),
     (dict(transport="pigeon"), "unknown transport 'pigeon'; there are auto, peer"),
     (dict(transport="peer", executor="inline"), "goes between processes"),
     (dict(hang_timeout=0), "hang_timeout must be"),
