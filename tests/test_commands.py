@@ -64,6 +64,7 @@ TABLE = {
     r"nanopd lab grade .*": "marks what somebody has handed in",
     r"docker run .* nanopd lab grade .*": "needs docker",
     r"vllm .*": "another project's",
+    r"ray [a-z-]+.*": "starts and stops Ray on the machines of a network",
 }
 
 
@@ -167,7 +168,7 @@ def problem_of(words: list[str]) -> str | None:
             return _problem_of_subcommand(rest)
         case ["docker", "run", *rest] if "nanopd" in rest:
             return problem_of(rest[rest.index("nanopd"):])
-        case ["curl" | "vllm", *_]:
+        case ["curl" | "vllm" | "ray", *_]:
             return None
     return "a command that this test knows nothing of"
 

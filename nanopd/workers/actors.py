@@ -1,6 +1,6 @@
 """Processes on several machines, as Ray actors: Ray finds room for them, starts them, and says when they are over.
 
-What host and parent say to each other does not go through Ray, which would take longer: the actor calls its parent, over TCP.
+What host and parent say to each other does not go through Ray: the actor calls its parent, over TCP.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Actor:
     def run(self, number: int, gate: tuple[str, int], secret: bytes, version: str) -> int:
         """Serve the parent, who listens at `gate`. Returns the exit code, as it were; the process is of no more use then."""
         ray = import_ray()
-        here = ray.util.get_node_ip_address()
+        here = LOOPBACK if gate[0] == LOOPBACK else ray.util.get_node_ip_address()
         if version != nanopd.__version__:
             raise ConfigError(f"nanopd {nanopd.__version__} is installed on {here}, but {version} where the cluster was asked for: "
                               "install the same")
@@ -77,6 +77,7 @@ class RayLauncher:
     def __init__(self) -> None:
         self._ray = import_ray()
         self._has_connected = False
+        self._is_own = False  # the cluster: then nothing of ours has to be reached from other machines
         self._group: Any = None  # the room that Ray keeps for the actors
         self._actors: list[Any] = []
 
@@ -101,20 +102,20 @@ class RayLauncher:
         self._group, self._has_connected = None, False
 
     def _connect(self, num_cpus: int) -> None:
-        """To a cluster that runs, by Ray's own rules; else start one, on this machine and for this machine alone."""
+        """To a cluster that runs, by Ray's own rules; else start one on this machine."""
         ray, address = self._ray, os.environ.get("RAY_ADDRESS")
         if ray.is_initialized():
             return
         _check_address(address)
         quiet = dict(logging_level=logging.ERROR, log_to_driver=False)
+        self._has_connected = True
         try:
             ray.init("auto", **quiet)
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             if address or not isinstance(error, ConnectionError):
                 raise ConfigError(f"this process could not join the Ray cluster {address or 'of this machine'}: {error}") from error
-            ray.init("local", num_cpus=max(num_cpus, os.cpu_count() or 1), include_dashboard=False, _node_ip_address=LOOPBACK,
-                     **quiet)
-        self._has_connected = True
+            ray.init("local", num_cpus=max(num_cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
+            self._is_own = True
 
     def _reserve(self, specs: list[HostSpec]) -> None:
         """Room for all of them, as near to one another as there is any."""
@@ -127,7 +128,8 @@ class RayLauncher:
 
     def _start(self, specs: list[HostSpec]) -> list[ActorProcess]:
         """All at once. Returns when all have called."""
-        network = Network(self._ray.util.get_node_ip_address(), secrets.token_bytes(32))
+        address = LOOPBACK if self._is_own else self._ray.util.get_node_ip_address()
+        network = Network(address, secrets.token_bytes(32))
         gate = Gate(network)
         try:
             for place, spec in enumerate(specs):

@@ -52,12 +52,12 @@ class Gate:
         """Whoever comes within `timeout` seconds; None also where it is a stranger."""
         if not select.select([self._listener], [], [], timeout)[0]:
             return None
-        with suppress(Exception):  # what a stranger may say has no bounds
-            with Connection(self._listener.accept()[0].detach()) as connection:
-                limit_waiting(connection, ANSWER_TIME)
-                let_in(connection, self._secret)
-                number, clock_ahead = NUMBER.unpack(connection.recv_bytes(NUMBER.size))[0], _clock_ahead(connection)
-                return Guest(number, _watched(connection), clock_ahead)
+        caller, _ = self._listener.accept()
+        with suppress(Exception), Connection(caller.detach()) as connection:  # what a stranger may say has no bounds
+            limit_waiting(connection, ANSWER_TIME)
+            let_in(connection, self._secret)
+            number, clock_ahead = NUMBER.unpack(connection.recv_bytes(NUMBER.size))[0], _clock_ahead(connection)
+            return Guest(number, _watched(connection), clock_ahead)
         return None
 
     def close(self) -> None:

@@ -21,7 +21,18 @@ from typing import Protocol
 import nanopd
 from nanopd.engine.limits import Limits
 from nanopd.interrupts import uninterrupted
-from nanopd.messages import AskHistory, AskStatus, FromWorker, History, Lost, Ping, Pong, Status, Tokens, ToWorker
+from nanopd.messages import (
+    AskHistory,
+    AskStatus,
+    FromWorker,
+    History,
+    Lost,
+    Ping,
+    Pong,
+    Status,
+    Tokens,
+    ToWorker,
+)
 from nanopd.workers.host import Failed, Forget, FromHost, HostSpec, Learn, Ready, Stop, ToHost
 from nanopd.workers.wire import Wire, wait_for
 
@@ -256,8 +267,7 @@ class ProcessExecutor:
                 if host.wire.fileno() in ready:
                     self._listen(host)
                 elif host.is_hanging(self._hang_timeout):
-                    host.process.kill()
-                    host.reap(0.0)
+                    host.reap(grace=0.0)
                     self._bury(host, f"did not answer for {self._hang_timeout:g} s")
 
     def _listen(self, host: HostProcess) -> None:
