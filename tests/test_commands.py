@@ -64,7 +64,7 @@ TABLE = {
     r"nanopd lab grade .*": "marks what somebody has handed in",
     r"docker run .* nanopd lab grade .*": "needs docker",
     r"vllm .*": "another project's",
-    r"ray [a-z-]+.*": "starts and stops Ray on the machines of a network",
+    r"(RAY_AUTH_MODE=token )?ray [a-z-]+.*": "starts and stops Ray on the machines of a network",
 }
 
 

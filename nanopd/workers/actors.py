@@ -83,8 +83,8 @@ class RayLauncher:
 
     def launch(self, specs: list[HostSpec]) -> Iterator[ActorProcess]:
         """Raises ConfigError where Ray has no room, and RuntimeError where a host does not get so far as to call."""
+        self._connect(Counter(map(_resource, specs))["CPU"])  # Ctrl-C waits: a Ray that is half started is not ended as a whole
         with interruptible():
-            self._connect(Counter(map(_resource, specs))["CPU"])
             self._reserve(specs)
             started = self._start(specs)
         yield from started
