@@ -72,8 +72,8 @@ def demo(
         help="Workers as ROLE:DEVICE, P (prefill) and D (decode), also C (collocated): 'P:0 D:1'. Default: all on "
              "one device.")] = None,
     executor: Annotated[str | None, typer.Option(
-        help="inline: one process; process: one for each GPU, or each worker on the CPU. Default: inline where there "
-             "is one device.")] = None,
+        help="inline: one process; process: one for each GPU, or each worker on the CPU; ray: the same on all machines of a "
+             "Ray cluster. Default: inline where there is one device.")] = None,
 ) -> None:
     """Run the same prompts in all three modes and compare them. Fails where they differ."""
     from rich.console import Console
@@ -126,8 +126,8 @@ def profile(
         help="Workers as ROLE:DEVICE, C (collocated), P (prefill) and D (decode); links are measured from P's devices to "
              "D's. Default: 'C:0 P:0 D:1', or one of each on the only device.")] = None,
     executor: Annotated[str | None, typer.Option(
-        help="inline: one process; process: one for each GPU, or each worker on the CPU. Default: inline where there "
-             "is one device.")] = None,
+        help="inline: one process; process: one for each GPU, or each worker on the CPU; ray: the same on all machines of a "
+             "Ray cluster. Default: inline where there is one device.")] = None,
     transport: Annotated[str, typer.Option(help="Between processes: auto, peer, relay or collective.")] = "auto",
     dtype: Dtype = None,
     load_format: Annotated[str, typer.Option(help="auto: the checkpoint's weights; dummy: random ones.")] = "auto",
@@ -289,8 +289,8 @@ def serve(
     mode: Annotated[str | None, typer.Option(
         help="collocated, disaggregated or adaptive. Default: the one that uses all the workers.")] = None,
     executor: Annotated[str | None, typer.Option(
-        help="inline: one process; process: one for each GPU, or each worker on the CPU. Default: inline where there "
-             "is one device.")] = None,
+        help="inline: one process; process: one for each GPU, or each worker on the CPU; ray: the same on all machines of a "
+             "Ray cluster. Default: inline where there is one device.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on. 127.0.0.1 is for this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free.")] = 8000,
     api_key: Annotated[str | None, typer.Option(envvar="NANOPD_API_KEY", help="Ask clients for this key.")] = None,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nanopd.client import Client, Prompt, Stream
-from nanopd.config import SLO, ConfigError, Topology
+from nanopd.config import EXECUTORS, SLO, ConfigError, Topology
 from nanopd.core import Request, SamplingParams, TokenEvent
 from nanopd.cost_model.analytical import CostModel
 from nanopd.cost_model.profile import Profile
@@ -31,11 +31,10 @@ from nanopd.router.trace import save_trace
 from nanopd.workers.executors import InlineExecutor
 from nanopd.workers.host import HostSpec, build_workers
 from nanopd.workers.links import TRANSPORTS
-from nanopd.workers.process import ProcessExecutor
+from nanopd.workers.process import Children, Launcher, ProcessExecutor
 from nanopd.workers.transfer import LocalTransport, Transport
 from nanopd.workers.worker import Worker
 
-EXECUTORS = ("inline", "process")
 POLL_FOR = 0.05  # seconds; as long may Ctrl-C wait
 
 
@@ -47,7 +46,8 @@ class Cluster(Client):
         topology: workers as ROLE:DEVICE, roles C (collocated), P (prefill), D (decode); "P:cpu D:cpu", "C:0 P:1 D:2".
         mode: "collocated", "disaggregated", or "adaptive": a router chooses for each request.
         executor: "inline": all workers in this process, in turn, which takes a single device; "process": a process for
-            each GPU, or on the CPU for each worker. Default: inline where there is a single device.
+            each GPU, or on the CPU for each worker; "ray": such processes on all machines of a Ray cluster, where the GPU
+            numbers of `topology` only say which workers share one. Default: inline where there is a single device.
         transport: how KV caches travel between processes: "auto" takes the best that a pair of devices can do.
         checksums: send the checksum of each prompt's KV along, and compare.
         hang_timeout: seconds without a sign of life after which a process is given up and killed.
@@ -75,8 +75,9 @@ class Cluster(Client):
         if hang_timeout <= 0:
             raise ConfigError(f"hang_timeout must be a number of seconds above 0, got {hang_timeout!r}")
         engine_options = EngineOptions.from_keywords(options)
-        for device in self.topology.devices:
-            resolve_device(device)
+        if self.executor != "ray":  # whose devices may be elsewhere
+            for device in self.topology.devices:
+                resolve_device(device)
         self.model = model
         self.spec = load_spec(model)
         self.dtype = resolve_dtype(dtype, self.spec, torch.device(self.topology.devices[0]))
@@ -86,7 +87,7 @@ class Cluster(Client):
         if self.executor == "inline":
             self._executor: InlineExecutor | ProcessExecutor = _inline(self.topology, spec)
         else:
-            self._executor = ProcessExecutor(_hosts(self.topology, spec), hang_timeout)
+            self._executor = ProcessExecutor(_hosts(self.topology, spec, self.executor), hang_timeout, _launcher(self.executor))
         self._central = CentralScheduler(
             self._executor, mode, Limits.tightest(self._executor.limits.values()), max_queued=max_queued,
             router=AlwaysCollocated() if mode == "adaptive" else None,  # until there is the one that is wanted
@@ -155,6 +156,8 @@ class Cluster(Client):
     @property
     def device_name(self) -> str:
         """What the topology's first device calls itself, such as "NVIDIA H200"."""
+        if isinstance(self._executor, ProcessExecutor):
+            return self._executor.device_name
         return device_name(self.topology.devices[0])
 
     def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, timeout: float | None = None,
@@ -180,7 +183,7 @@ class Cluster(Client):
 
     def status(self) -> dict[str, Status]:
         """How each living worker is doing, by its id."""
-        if self.executor == "process":  # what they have said since the last step may be about blocks to give back
+        if self.executor != "inline":  # what they have said since the last step may be about blocks to give back
             with uninterrupted():
                 self._central.catch_up()
         return self._executor.status()
@@ -309,6 +312,9 @@ def _check_transport(transport: str, executor: str) -> None:
     if executor == "inline" and transport != "auto":
         raise ConfigError(f"transport {transport!r} goes between processes, and the inline executor has only one: "
                           "leave transport out, or take executor='process'")
+    if executor == "ray" and transport not in ("auto", "collective"):
+        raise ConfigError(f"transport {transport!r} needs memory that both sides can map, and Ray's processes may be on two machines: "
+                          "leave transport out, or take 'collective'")
 
 
 def _inline(topology: Topology, spec: Callable[..., HostSpec]) -> InlineExecutor:
@@ -323,11 +329,19 @@ def _inline(topology: Topology, spec: Callable[..., HostSpec]) -> InlineExecutor
     return InlineExecutor(list(workers.values()))
 
 
-def _hosts(topology: Topology, spec: Callable[..., HostSpec]) -> list[HostSpec]:
+def _launcher(executor: str) -> Launcher:
+    if executor == "ray":
+        from nanopd.workers.actors import RayLauncher  # Ray is an extra, and takes its time to load
+
+        return RayLauncher()
+    return Children()
+
+
+def _hosts(topology: Topology, spec: Callable[..., HostSpec], executor: str) -> list[HostSpec]:
     """One for each GPU, whose workers share the weights; one for each worker on the CPU, where work runs side by side."""
     groups: dict[str, dict[str, str]] = {}
     for worker_id, placement in topology.workers.items():
         groups.setdefault(worker_id if placement.device == "cpu" else placement.device, {})[worker_id] = placement.role
-    num_threads = max(1, torch.get_num_threads() // len(groups))
+    num_threads = 1 if executor == "ray" else max(1, torch.get_num_threads() // len(groups))  # each has one CPU of Ray's
     return [spec(host=number, roles=roles, device=topology.workers[next(iter(roles))].device, num_threads=num_threads)
             for number, roles in enumerate(groups.values())]

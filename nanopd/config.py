@@ -110,6 +110,7 @@ class SLO:
 ROLES = {"C": "collocated", "P": "prefill", "D": "decode"}
 # And the pipelines each may send a request through, as the roles that one needs. Each mode needs a complete one.
 MODES = {"collocated": (("C",),), "disaggregated": (("P", "D"),), "adaptive": (("C",), ("P", "D"))}
+EXECUTORS = ("inline", "process", "ray")  # where a cluster's workers run
 
 
 def check_mode(mode: str, roles: Collection[str], where: str) -> None:

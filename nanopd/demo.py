@@ -137,7 +137,7 @@ def run(model: str = "tiny", max_tokens: int = LONGEST_ANSWER, device: str | Non
         served = [_serve(pipeline, model, tasks, max_tokens, executor, progress) for pipeline in pipelines(workers)]
     rows = [Row(*parts) for parts in zip(tasks, *served)]
     seconds = time.perf_counter() - start
-    return Result(model, _device_names(workers.devices), rows, seconds, shares_device=len(workers.devices) == 1)
+    return Result(model, _device_names(workers.devices, executor), rows, seconds, shares_device=len(workers.devices) == 1)
 
 
 @contextmanager
@@ -187,9 +187,11 @@ def _served(output: RequestOutput, path: str) -> Served:
     return Served(answer.text, tuple(answer.token_ids), path, output.metrics.ttft, tpot, cut_off, output.error)
 
 
-def _device_names(devices: list[str]) -> str:
+def _device_names(devices: list[str], executor: str | None) -> str:
     import torch
 
+    if executor == "ray":  # they may be elsewhere
+        return ", ".join("the CPU" if device == "cpu" else f"GPU {device.removeprefix('cuda:')} of Ray's" for device in devices)
     return ", ".join("the CPU" if device == "cpu" else
                      f"GPU {device.removeprefix('cuda:')} ({torch.cuda.get_device_name(device)})" for device in devices)
 

@@ -68,6 +68,7 @@ TABLE = {
     r"docker run .* nanopd lab grade .*": "needs docker",
     r"vllm .*": "another project's",
     r"python -m sglang\..*": "another project's",
+    r"(RAY_AUTH_MODE=token )?ray [a-z-]+.*": "starts and stops Ray on the machines of a network",
 }
 
 
@@ -173,7 +174,7 @@ def problem_of(words: list[str]) -> str | None:
             return _problem_of_subcommand(rest)
         case ["docker", "run", *rest] if "nanopd" in rest:
             return problem_of(rest[rest.index("nanopd"):])
-        case ["curl" | "vllm", *_]:
+        case ["curl" | "vllm" | "ray", *_]:
             return None
     return "a command that this test knows nothing of"
 

@@ -6,10 +6,7 @@ How the bytes get from slot to slot is left to the transports built on this.
 
 from __future__ import annotations
 
-import os
 import secrets
-import socket
-import struct
 import sys
 import threading
 import time
@@ -18,17 +15,17 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
+from multiprocessing.connection import Client, Connection, Listener
 
 import torch
 from torch import Tensor
 
 from nanopd.block_manager.cache import KVCache
+from nanopd.workers.network import ANSWER_TIME, LOOPBACK, ask_in, hang_up, let_in, limit_waiting, send_at_once
 from nanopd.workers.transfer import Ticket, TransferError
 
 SLOTS = 8
 SLOT_BYTES = 2**24
-ANSWER_TIME = 10.0  # seconds that the other side has for its part of the greeting
 PAUSE = 1e-4  # seconds between two looks at copies on their way
 
 
@@ -305,22 +302,23 @@ class Door:
     """Where a `Reception` is found, and what one must know to be let in."""
 
     address: str | tuple[str, int]
-    key: bytes = field(repr=False)
+    key: bytes | None = field(repr=False)  # None: the secret of the network that both belong to
 
 
 class Reception:
     """Waits for other processes' connections, and runs a receiver for each, in a thread of its own.
 
     Args:
-        network: listen on 127.0.0.1 rather than on a socket of this machine. That one has no file, so none is left behind.
+        address: the one to listen on. None: a socket of this machine, which has no file, so that none is left behind.
         receive: receive(hello) makes the receiver. Raises TransferError.
+        key: what whoever comes has to know. Default: one that nobody knows yet.
     """
 
-    def __init__(self, network: bool, receive: Callable[[Hello], Receiver]) -> None:
-        local = not network and sys.platform == "linux"
-        self._listener = Listener(f"\0nanopd-{secrets.token_hex(8)}" if local else ("127.0.0.1", 0), backlog=64)
-        address = self._listener.address
-        self.door = Door(address.decode() if isinstance(address, bytes) else address, secrets.token_bytes(32))
+    def __init__(self, address: str | None, receive: Callable[[Hello], Receiver], key: bytes | None = None) -> None:
+        local = address is None and sys.platform == "linux"
+        self._listener = Listener(f"\0nanopd-{secrets.token_hex(8)}" if local else (address or LOOPBACK, 0), backlog=64)
+        name = self._listener.address
+        self.door = Door(name.decode() if isinstance(name, bytes) else name, key or secrets.token_bytes(32))
         self._receive = receive
         self._lock = threading.Lock()
         self._visits: dict[threading.Thread, _Visit] = {}  # those that have ended stay until the next one comes
@@ -372,9 +370,9 @@ class Reception:
             visit = self._visits[threading.current_thread()]
         with connection:
             try:
+                send_at_once(connection)
                 limit_waiting(connection, ANSWER_TIME)
-                deliver_challenge(connection, self.door.key)
-                answer_challenge(connection, self.door.key)
+                let_in(connection, self.door.key)
                 hello = connection.recv()
                 with self._lock:
                     visit.source_id = hello.source_id
@@ -419,9 +417,9 @@ def knock(door: Door, hello: Hello) -> Connection:
     except OSError as error:
         raise TransferError(f"worker {hello.destination_id} can't be reached: {error}") from error
     try:
+        send_at_once(connection)
         limit_waiting(connection, ANSWER_TIME)
-        answer_challenge(connection, door.key)
-        deliver_challenge(connection, door.key)
+        ask_in(connection, door.key)
         connection.send(hello)
     except Exception as error:
         connection.close()
@@ -440,18 +438,3 @@ def await_welcome(connection: Connection, hello: Hello) -> None:
         raise TransferError(refusal)
     limit_waiting(connection, 0)
 
-
-def limit_waiting(connection: Connection, seconds: float) -> None:
-    """How long reading may wait before it fails with an OSError; 0: for ever."""
-    with _socket(connection) as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), 0))
-
-
-def hang_up(connection: Connection) -> None:
-    """End a connection that other threads may be using: they wake up to its end."""
-    with suppress(OSError), _socket(connection) as other:
-        other.shutdown(socket.SHUT_RDWR)
-
-
-def _socket(connection: Connection) -> socket.socket:
-    return socket.socket(fileno=os.dup(connection.fileno()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +13,6 @@ import torch.distributed as dist
 
 from nanopd.block_manager.cache import KVCache
 from nanopd.workers.channel import (
-    ANSWER_TIME,
     SLOTS,
     Arrival,
     Door,
@@ -25,9 +25,9 @@ from nanopd.workers.channel import (
     slot_bytes_for,
     view_blocks,
 )
+from nanopd.workers.network import ANSWER_TIME, LOOPBACK
 from nanopd.workers.transfer import TransferError
 
-HOST = "127.0.0.1"
 SENDER, RECEIVER = 0, 1
 
 
@@ -35,7 +35,7 @@ SENDER, RECEIVER = 0, 1
 class Meeting:
     """Where the two find each other."""
 
-    port: int
+    address: tuple[str, int]
     device_type: str
 
 
@@ -44,16 +44,16 @@ class CollectiveTransport(TwoSidedTransport):
 
     name = "collective"
 
-    def __init__(self, source: KVCache, door: Door, source_id: str, destination_id: str) -> None:
-        """Raises TransferError where the other side does not let us in."""
+    def __init__(self, source: KVCache, door: Door, source_id: str, destination_id: str, address: str = LOOPBACK) -> None:
+        """`address` is this machine's. Raises TransferError where the other side does not let us in."""
         slot_bytes, device = slot_bytes_for(source), source.data.device
         self._slots = torch.empty(SLOTS, slot_bytes, dtype=torch.uint8, device=device)
         self._sends: list[dist.Work | None] = [None] * SLOTS
-        store = dist.TCPStore(HOST, 0, 2, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_TIME))
-        hello = Hello(source_id, destination_id, self.name, slot_bytes, Meeting(store.port, device.type))
+        store = _open_store(address)
+        hello = Hello(source_id, destination_id, self.name, slot_bytes, Meeting((address, store.port), device.type))
         connection = knock(door, hello)
         try:
-            self._group = _meet(store, SENDER, device)
+            self._group = _meet(store, SENDER, device, address)
         except RuntimeError as error:
             await_welcome(connection, hello)  # the other side may have said why
             connection.close()
@@ -79,14 +79,14 @@ class CollectiveTransport(TwoSidedTransport):
 
 
 class CollectiveReceiver(Receiver):
-    def __init__(self, cache: KVCache, slot_bytes: int, meeting: Meeting) -> None:
+    def __init__(self, cache: KVCache, slot_bytes: int, meeting: Meeting, address: str = LOOPBACK) -> None:
         super().__init__(cache)
         device = cache.data.device
         if device.type != meeting.device_type:
             raise TransferError(f"one cache is on a {meeting.device_type} device, the other on a {device.type} one: use the relay")
         self._slots = torch.empty(SLOTS, slot_bytes, dtype=torch.uint8, device=device)
-        store = dist.TCPStore(HOST, meeting.port, 2, is_master=False, timeout=timedelta(seconds=ANSWER_TIME))
-        self._group = _meet(store, RECEIVER, device)
+        store = dist.TCPStore(*meeting.address, 2, is_master=False, timeout=timedelta(seconds=ANSWER_TIME))
+        self._group = _meet(store, RECEIVER, device, address)
 
     def abandon(self) -> None:
         with suppress(RuntimeError):
@@ -102,7 +102,15 @@ class CollectiveReceiver(Receiver):
         del self._slots
 
 
-def _meet(store: dist.Store, rank: int, device: torch.device) -> dist.Backend:
+def _open_store(address: str) -> dist.TCPStore:
+    """One that listens on this address alone: left to itself it listens on all."""
+    listener = socket.create_server((address, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(address, port, 2, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_TIME),
+                         master_listen_fd=listener.detach())
+
+
+def _meet(store: dist.Store, rank: int, device: torch.device, address: str) -> dist.Backend:
     """A group of two that has exchanged its first bytes: what connects them is made at the first exchange."""
     timeout = timedelta(seconds=ANSWER_TIME)
     if device.type == "cuda":
@@ -113,7 +121,7 @@ def _meet(store: dist.Store, rank: int, device: torch.device) -> dist.Backend:
         group = dist.ProcessGroupNCCL(store, rank, 2, options)
     else:
         options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=HOST)]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         options._timeout = timeout
         group = dist.ProcessGroupGloo(store, rank, 2, options)
     greeting = torch.zeros(1, dtype=torch.uint8, device=device)

@@ -1,4 +1,4 @@
-"""A process that runs workers: all those of one GPU, or one on the CPU. Started by `ProcessExecutor`.
+"""A process that runs workers: all those of one GPU, or one on the CPU. Started for a `ProcessExecutor`.
 
 It reads its HostSpec, answers Ready or Failed, and carries messages between the connection and its workers until it is
 told to Stop. When the connection ends without that, its parent is gone, and so is it, whatever it was doing.
@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NoReturn
 
@@ -22,13 +22,14 @@ import torch
 
 from nanopd.block_manager.pool import EVENTS_KEPT
 from nanopd.config import ConfigError, ModelSpec
-from nanopd.engine.factory import EngineOptions, build_engine
+from nanopd.engine.factory import EngineOptions, build_engine, device_name
 from nanopd.engine.limits import Limits
 from nanopd.messages import FromWorker, Ping, Pong, Tokens, ToWorker
 from nanopd.models.loader import ModelError, load_model
 from nanopd.paged_attention.build import load_kernels
 from nanopd.workers.affinity import stay_near
 from nanopd.workers.links import Address, Links
+from nanopd.workers.network import Network
 from nanopd.workers.transfer import TransferError, Transport
 from nanopd.workers.wire import Wire, wait_for, wait_for_end, wait_for_room
 from nanopd.workers.worker import PATIENCE, Worker
@@ -54,6 +55,9 @@ class HostSpec:
     transport: str
     checksums: bool
     num_threads: int = 1  # of torch, on the CPU
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.roles)} on {self.device}"
 
 
 # ------------------------------------------------------- between the parent and the host, not its workers
@@ -84,6 +88,7 @@ class Ready:
 
     limits: dict[str, Limits]
     addresses: dict[str, Address]
+    device_name: str  # as the device calls itself
 
 
 @dataclass(frozen=True)
@@ -119,9 +124,9 @@ def build_workers(spec: HostSpec, connect: Callable[[str, str], Transport],
 class Host:
     """The workers of this process, stepped in turn while they have work."""
 
-    def __init__(self, spec: HostSpec, wire: Wire) -> None:
+    def __init__(self, spec: HostSpec, wire: Wire, network: Network | None = None) -> None:
         self._wire = wire
-        self.links = Links(spec.host, spec.transport, torch.device(spec.device))
+        self.links = Links(spec.host, spec.transport, torch.device(spec.device), network)
         self.workers = build_workers(spec, self.links.connect, events_kept=0)  # nobody could look at them in here
         self._num_said = 0
         for worker in self.workers.values():
@@ -216,25 +221,36 @@ def _outlive(wire: Wire) -> None:
     _leave(1)
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int) -> NoReturn:
     """The process. `descriptor` is its end of the connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     os.set_inheritable(descriptor, False)
-    wire = Wire(socket.socket(fileno=descriptor))
+    _leave(serve(Wire(socket.socket(fileno=descriptor))))
+
+
+def serve(wire: Wire, network: Network | None = None, device: str | None = None) -> int:
+    """All that a host does. Returns the exit code of this process, which is of no more use.
+
+    Args:
+        network: to the parent and the other hosts, where they may be on other machines.
+        device: what the GPU that is meant for this host is called here, where that is not what its spec calls it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     threading.Thread(target=_outlive, args=(wire,), daemon=True).start()
     try:
         spec = _receive_spec(wire)
+        if device is not None and spec.device != "cpu":
+            spec = replace(spec, device=device)
         _prepare(spec)
-        host = Host(spec, wire)
-        _say(wire, [(None, Ready(host.limits, host.addresses))])
+        host = Host(spec, wire, network)
+        _say(wire, [(None, Ready(host.limits, host.addresses, device_name(spec.device)))])
         host.run()
         host.close()
     except EOFError:
-        _leave(1)
+        return 1
     except Exception as error:
         _say(wire, [(None, Failed(_tellable(error)))])
-        _leave(1)
-    _leave(0)
+        return 1
+    return 0
 
 
 def _leave(code: int) -> NoReturn:

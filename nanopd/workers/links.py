@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from nanopd.config import ConfigError
 from nanopd.workers.channel import Door, Hello, Receiver, Reception
 from nanopd.workers.collective import CollectiveReceiver, CollectiveTransport
 from nanopd.workers.memory import DeviceMemory, HostMemory, SharedMemory, share_device_memory
+from nanopd.workers.network import LOOPBACK, Network
 from nanopd.workers.peer import PeerTransport
 from nanopd.workers.relay import PinnedRelayTransport, RelayReceiver
 from nanopd.workers.transfer import LocalTransport, TransferError, Transport
@@ -40,13 +41,18 @@ class Links:
         transport: "auto" (the first that works of peer, relay and collective), or the one to be used between any two
             processes. Within a process it is always "local".
         device: of all caches of the process.
+        network: to the other processes, where they may be on other machines: then "auto" is "collective", the only one that
+            needs no memory which both sides can map.
     """
 
-    def __init__(self, host: int, transport: str = "auto", device: torch.device | str = "cpu") -> None:
+    def __init__(self, host: int, transport: str = "auto", device: torch.device | str = "cpu",
+                 network: Network | None = None) -> None:
         if transport not in TRANSPORTS:
             raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, but is {transport!r}")
         self._host = host
-        self._transport = transport
+        self._transport = "collective" if network is not None and transport == "auto" else transport
+        self._network = network
+        self._machine = LOOPBACK if network is None else network.address
         self._device = torch.device(device)
         if self._device.type == "cuda" and self._device.index is None:
             self._device = torch.device("cuda", torch.cuda.current_device())
@@ -63,9 +69,8 @@ class Links:
         """
         memory = self._share(cache)
         if self._reception is None and self._transport != "peer":
-            self._reception = Reception(self._transport == "collective", self._receive)
-        address = Address(worker_id, self._host, self._device, tuple(cache.data.shape), cache.data.dtype, memory,
-                          self._reception and self._reception.door)
+            self._reception = self._open_reception()
+        address = Address(worker_id, self._host, self._device, tuple(cache.data.shape), cache.data.dtype, memory, self._own_door())
         self._caches[worker_id], self._addresses[worker_id] = cache, address
         return address
 
@@ -100,6 +105,22 @@ class Links:
         self._shared.clear()
         self._caches.clear()
         self._addresses.clear()
+
+    def _open_reception(self) -> Reception:
+        if self._network is not None:
+            return Reception(self._machine, self._receive, self._network.secret)
+        return Reception(self._machine if self._transport == "collective" else None, self._receive)
+
+    def _own_door(self) -> Door | None:
+        """As others are told of it: not the secret of a network, which all know."""
+        if self._reception is None:
+            return None
+        return self._reception.door if self._network is None else replace(self._reception.door, key=None)
+
+    def _door_of(self, destination: Address) -> Door:
+        if destination.door is None:
+            raise TransferError(f"worker {destination.worker_id} receives nothing: it was started for the transport 'peer'")
+        return destination.door if self._network is None else replace(destination.door, key=self._network.secret)
 
     def _share(self, cache: KVCache) -> HostMemory | DeviceMemory | None:
         if self._transport not in ("auto", "peer"):
@@ -138,9 +159,9 @@ class Links:
         if self._transport in ("auto", "peer"):
             yield lambda: _peer(cache, source, destination)
         if self._transport in ("auto", "relay"):
-            yield lambda: PinnedRelayTransport(cache, _door(destination), *ids)
+            yield lambda: PinnedRelayTransport(cache, self._door_of(destination), *ids)
         if self._transport in ("auto", "collective"):
-            yield lambda: CollectiveTransport(cache, _door(destination), *ids)
+            yield lambda: CollectiveTransport(cache, self._door_of(destination), *ids, self._machine)
 
     def _receive(self, hello: Hello) -> Receiver:
         if hello.destination_id not in self._caches:
@@ -149,7 +170,7 @@ class Links:
             torch.cuda.set_device(self._device)  # of this connection's thread: a new one starts with the first GPU
         cache = self._caches[hello.destination_id]
         if hello.transport == CollectiveTransport.name:
-            return CollectiveReceiver(cache, hello.slot_bytes, hello.setup)
+            return CollectiveReceiver(cache, hello.slot_bytes, hello.setup, self._machine)
         return RelayReceiver(cache, hello.setup)
 
 
@@ -163,12 +184,6 @@ def _can_reach(device: torch.device, other: torch.device) -> bool:
     if device.type != other.type:
         return False
     return device == other or torch.cuda.can_device_access_peer(device, other)
-
-
-def _door(destination: Address) -> Door:
-    if destination.door is None:
-        raise TransferError(f"worker {destination.worker_id} receives nothing: it was started for the transport 'peer'")
-    return destination.door
 
 
 def _without_blocks(address: Address) -> tuple[int, ...]:

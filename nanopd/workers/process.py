@@ -1,4 +1,7 @@
-"""Workers in processes of their own: one process for each GPU, one for each worker on the CPU."""
+"""Workers in processes of their own: one process for each GPU, one for each worker on the CPU.
+
+What starts and ends a process is left to a `Launcher`; here is that of this machine.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,29 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import nanopd
 from nanopd.engine.limits import Limits
 from nanopd.interrupts import uninterrupted
-from nanopd.messages import AskHistory, AskStatus, FromWorker, History, Lost, Ping, Pong, Status, ToWorker
+from nanopd.messages import (
+    AskHistory,
+    AskStatus,
+    FromWorker,
+    History,
+    Lost,
+    Ping,
+    Pong,
+    Status,
+    Tokens,
+    ToWorker,
+)
 from nanopd.workers.host import Failed, Forget, FromHost, HostSpec, Learn, Ready, Stop, ToHost
 from nanopd.workers.wire import Wire, wait_for
 
@@ -24,30 +42,84 @@ GRACE = 10.0  # seconds for a host to leave when it is asked to
 QUIET_START = 2.0  # seconds a start may take before something is shown
 
 
-class HostProcess:
-    """A host as its parent sees it."""
+class Process(Protocol):
+    """A process that runs a host: how it is reached, ended and reaped."""
 
-    def __init__(self, spec: HostSpec) -> None:
-        self.spec = spec
-        self.worker_ids = list(spec.roles)
-        self.ready: Ready | None = None
-        self.error: Exception | None = None  # what it said before it left
-        self.heard = time.monotonic()
-        self.pinged: float | None = None  # when it was asked for a sign of life that has not come yet
+    wire: Wire
+    clock_ahead: float  # seconds that its monotonic clock is ahead of ours
+
+    def wait(self, timeout: float) -> str | None:
+        """How it ended, and with it all that its device did for it; None if it has not within `timeout` seconds."""
+
+    def kill(self) -> str:
+        """End it now. Returns how it ended."""
+
+
+class Launcher(Protocol):
+    """Starts the processes of an executor."""
+
+    def launch(self, specs: list[HostSpec]) -> Iterator[Process]:
+        """One for each spec, in their order. Whoever calls it holds Ctrl-C back; where it takes long, it lets it through."""
+
+    def close(self) -> None:
+        """Give back what was needed to start them. They are over, or to be ended now."""
+
+
+class Child:
+    """A process of this machine, at the other end of a socket pair. It sees the same clock."""
+
+    clock_ahead = 0.0
+
+    def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self.wire = Wire(ours)
             descriptor = theirs.fileno()
             # A session of its own: Ctrl-C on the terminal does not reach it.
-            self.process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, "-c", f"from nanopd.workers.host import main; main({descriptor})"], pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL, start_new_session=True, env=environment_of_child())
-        self.wire.send(spec)
 
-    def __str__(self) -> str:
-        return f"{', '.join(self.worker_ids)} on {self.spec.device}"
+    def wait(self, timeout: float | None) -> str | None:
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with exit code {code}"
 
-    def tell(self, message: ToHost) -> None:
+    def kill(self) -> str:
+        self._process.kill()
+        return self.wait(None)  # type: ignore[return-value]
+
+
+class Children:
+    """Launches them."""
+
+    def launch(self, specs: list[HostSpec]) -> Iterator[Child]:
+        return (Child() for _ in specs)
+
+    def close(self) -> None:
+        pass
+
+
+class HostProcess:
+    """A host as its parent sees it. Times in what it says are made ours."""
+
+    def __init__(self, spec: HostSpec, process: Process) -> None:
+        self.spec = spec
+        self.process = process
+        self.wire = process.wire
+        self.worker_ids = list(spec.roles)
+        self.ready: Ready | None = None
+        self.error: Exception | None = None  # what it said before it left
+        self.heard = time.monotonic()
+        self.pinged: float | None = None  # when it was asked for a sign of life that has not come yet
+        self.tell(spec)
+
+    def tell(self, message: HostSpec | ToHost) -> None:
+        match message:
+            case (worker_id, AskHistory(since)) if self.process.clock_ahead:
+                message = worker_id, AskHistory(since + self.process.clock_ahead)
         self.wire.send(message)
 
     def receive(self) -> list[tuple[str | None, FromHost]]:
@@ -55,6 +127,8 @@ class HostProcess:
         messages = [message for batch in self.wire.receive() for message in batch]
         if messages:
             self.heard, self.pinged = time.monotonic(), None
+        if ahead := self.process.clock_ahead:
+            return [(worker_id, _earlier(message, ahead)) for worker_id, message in messages]
         return messages
 
     def is_hanging(self, timeout: float) -> bool:
@@ -68,17 +142,22 @@ class HostProcess:
         return now - self.pinged > timeout
 
     def reap(self, grace: float = GRACE) -> str:
-        """Wait until the process is over, and with it all that its device did for it; kill it after `grace` seconds.
-        Returns how it ended."""
-        try:
-            code = self.process.wait(grace)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = self.process.wait()
+        """Wait until the process is over; kill it after `grace` seconds. Returns how it ended."""
+        ended = self.process.wait(grace) or self.process.kill()
         self.wire.close()
-        if self.error is not None:
-            return str(self.error)
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with exit code {code}"
+        return ended if self.error is None else str(self.error)
+
+
+def _earlier(message: FromHost, seconds: float) -> FromHost:
+    """The same, with all moments that it names so much earlier."""
+    match message:
+        case Tokens(events):
+            return Tokens([replace(event, time=event.time - seconds) for event in events])
+        case History(steps, transfers):
+            return History([replace(step, start=step.start - seconds) for step in steps],
+                           [replace(sent, start=sent.start - seconds, computed=sent.computed - seconds, end=sent.end - seconds)
+                            for sent in transfers])
+    return message
 
 
 class ProcessExecutor:
@@ -86,6 +165,7 @@ class ProcessExecutor:
 
     Args:
         hang_timeout: seconds without an answer after which a host is given up and killed.
+        launcher: starts their processes. Default: on this machine.
 
     Raises:
         ConfigError, ModelError, OSError, RuntimeError: what kept a host from starting. Then none is left.
@@ -93,15 +173,17 @@ class ProcessExecutor:
 
     idle = True  # workers carry on by themselves
 
-    def __init__(self, specs: list[HostSpec], hang_timeout: float = 60.0) -> None:
+    def __init__(self, specs: list[HostSpec], hang_timeout: float = 60.0, launcher: Launcher | None = None) -> None:
         self.roles: dict[str, str] = {}
         self.limits: dict[str, Limits] = {}
+        self.device_name = ""  # of the first host's device
         self._hang_timeout = hang_timeout
         self._hosts: list[HostProcess] = []
         self._host_of: dict[str, HostProcess] = {}
         self._arrived: list[tuple[str, FromWorker]] = []
         self._answers: dict[str, Status | History] = {}
-        self._close = weakref.finalize(self, _stop, self._hosts, os.getpid())  # at exit, too
+        self._launcher = launcher or Children()
+        self._close = weakref.finalize(self, _stop, self._hosts, self._launcher, os.getpid())  # at exit, too
         try:
             self._start(specs)
         except BaseException:
@@ -140,10 +222,18 @@ class ProcessExecutor:
     # ------------------------------------------------------------------------------------------- starting
 
     def _start(self, specs: list[HostSpec]) -> None:
-        for spec in specs:
-            with uninterrupted():
-                self._hosts.append(HostProcess(spec))
-        self._await_ready()
+        notice = threading.Timer(QUIET_START, print, [f"nanopd: starting {'; '.join(map(str, specs))}"], {"file": sys.stderr})
+        notice.daemon = True
+        notice.start()
+        try:
+            processes = self._launcher.launch(specs)
+            for spec in specs:
+                with uninterrupted():
+                    self._hosts.append(HostProcess(spec, next(processes)))
+            self._await_ready()
+        finally:
+            notice.cancel()
+        self.device_name = self._hosts[0].ready.device_name
         addresses = {worker_id: address for host in self._hosts for worker_id, address in host.ready.addresses.items()}
         for host in self._hosts:
             host.tell((None, Learn(addresses)))
@@ -152,14 +242,10 @@ class ProcessExecutor:
             self._host_of |= dict.fromkeys(host.worker_ids, host)
 
     def _await_ready(self) -> None:
-        begun, shown = time.monotonic(), False
         while missing := [host for host in self._hosts if host.ready is None]:
-            wait_for([host.wire for host in missing], QUIET_START)
+            wait_for([host.wire for host in missing])
             for host in missing:
                 self._hear_of_start(host)
-            if not shown and time.monotonic() - begun > QUIET_START:
-                shown = True
-                print(f"nanopd: starting {'; '.join(map(str, self._hosts))}", file=sys.stderr)
 
     @staticmethod
     def _hear_of_start(host: HostProcess) -> None:
@@ -169,7 +255,7 @@ class ProcessExecutor:
                     raise message.error
                 host.ready = message
         except EOFError:
-            raise RuntimeError(f"{host} did not start: {host.reap()}") from None
+            raise RuntimeError(f"{host.spec} did not start: {host.reap()}") from None
 
     # -------------------------------------------------------------------------------------------- serving
 
@@ -181,8 +267,7 @@ class ProcessExecutor:
                 if host.wire.fileno() in ready:
                     self._listen(host)
                 elif host.is_hanging(self._hang_timeout):
-                    host.process.kill()
-                    host.reap()
+                    host.reap(grace=0.0)
                     self._bury(host, f"did not answer for {self._hang_timeout:g} s")
 
     def _listen(self, host: HostProcess) -> None:
@@ -223,7 +308,7 @@ class ProcessExecutor:
         return {worker_id: self._answers[worker_id] for worker_id in self.roles}
 
 
-def _stop(hosts: list[HostProcess], owner: int) -> None:
+def _stop(hosts: list[HostProcess], launcher: Launcher, owner: int) -> None:
     """Ask all to leave, and kill those that don't."""
     if os.getpid() != owner:
         return  # a fork of the owner: they are not its to stop
@@ -236,6 +321,7 @@ def _stop(hosts: list[HostProcess], owner: int) -> None:
     for host in hosts:
         host.reap(max(0.0, deadline - time.monotonic()))
     hosts.clear()
+    launcher.close()
 
 
 def environment_of_child() -> dict[str, str]:

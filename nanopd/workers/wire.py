@@ -1,4 +1,4 @@
-"""Messages between two processes of this machine, over a socket that nobody else has.
+"""Messages between two processes, over a socket that nobody else has.
 
 They are Python objects, pickled: both ends run this code, and what comes in was sent by the other end.
 """
@@ -16,6 +16,7 @@ from nanopd.interrupts import uninterrupted
 
 LENGTH = struct.Struct("!Q")
 PIECE = 2**18  # bytes for the socket at a time
+END = select.POLLHUP | getattr(select, "POLLRDHUP", 0)  # of TCP, whose two directions end one by one
 
 
 class Wire:
@@ -113,6 +114,6 @@ def wait_for_room(wire: Wire) -> None:
 def wait_for_end(wire: Wire) -> None:
     """Sleep until the other end is gone, whatever there is to receive."""
     poll = select.poll()
-    poll.register(wire, select.POLLHUP)
-    while not any(event & select.POLLHUP for _, event in poll.poll()):
+    poll.register(wire, END)
+    while not any(event & (END | select.POLLERR) for _, event in poll.poll()):
         pass

@@ -29,6 +29,7 @@ BROKEN_OFF = (FinishReason.ABORT, FinishReason.ERROR)
 CORRUPTED = "was not what was sent (checksum)"
 NO_NUMBER = "no number"  # as a seed: the step that draws with it raises
 STEP_ERROR = "TypeError: unsupported operand"
+KILLED = "killed by SIGKILL"  # as a process's parent sees it
 
 
 @dataclass(frozen=True)
@@ -381,13 +382,13 @@ class FaultsThatAllSurvive:
 # Each has its victim killed at a certain moment, and checks that the others answer everything nevertheless.
 
 
-def lose_before_its_transfers(cluster: Cluster, load: Load, victim: str) -> None:
+def lose_before_its_transfers(cluster: Cluster, load: Load, victim: str, reason: str = KILLED) -> None:
     """A prefill worker that has been sent prompts, and has not begun."""
     run = Run(cluster, load)
     with stopped(run, victim):
         run.step_until(lambda: run.anybody(f"sent to {victim}"))
         run.signal(victim)
-        assert_outlived(run, victim)
+        assert_outlived(run, victim, reason=reason)
 
 
 def lose_amid_a_transfer(cluster: Cluster, load: Load, victim: str) -> None:
@@ -478,13 +479,13 @@ def lose_after_its_transfers(cluster: Cluster, load: Load, victim: str) -> None:
     assert_outlived(run, victim, attempts=1)
 
 
-def lose_amid_decode(cluster: Cluster, load: Load, victim: str) -> None:
+def lose_amid_decode(cluster: Cluster, load: Load, victim: str, reason: str = KILLED) -> None:
     """A worker that has written a part of several answers."""
     run = Run(cluster, load)
     run.step_until(lambda: any((entry := run.entry(stream)) is not None and entry.stage is Stage.DECODE
                                and entry.server == victim and run.num_drawn[stream.request_id] > 5 for stream in run.streams))
     run.signal(victim)
-    assert_outlived(run, victim)
+    assert_outlived(run, victim, reason=reason)
 
 
 def lose_by_hanging(cluster: Cluster, load: Load, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,18 +523,18 @@ def lose_by_a_bad_token(cluster: Cluster, load: Load, victim: str) -> None:
         assert_outlived(run, victim, reason="CUDA error")
 
 
-def lose_all(cluster: Cluster, load: Load) -> None:
+def lose_all(cluster: Cluster, load: Load, reason: str = KILLED) -> None:
     run = Run(cluster, load)
     run.step_until(lambda: run.total >= load.num_tokens // 4)
     for pid in set(run.pids.values()):
         os.kill(pid, signal.SIGKILL)
     errors = run.end()
-    assert errors and all("worker is left" in error and "killed by SIGKILL" in error for error in errors)
+    assert errors and all("worker is left" in error and reason in error for error in errors)
     assert cluster.status() == {} and not set(run.pids.values()) & set(children())
     assert not cluster.has_work and not cluster._central.has_work
 
 
-def assert_outlived(run: Run, victim: str, attempts: int = 2, reason: str = "killed by SIGKILL") -> None:
+def assert_outlived(run: Run, victim: str, attempts: int = 2, reason: str = KILLED) -> None:
     """All is answered, by those that are left; the victim's whole process is gone."""
     assert run.end() == []
     pid = run.pids[victim]

@@ -256,7 +256,8 @@ def test_time_and_again_nothing_is_left(reference):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(executor="ray"), "unknown executor 'ray'; there are inline, process"),
+    (dict(executor="fax"), "unknown executor 'fax'; there are inline, process, ray"),
+    (dict(transport="peer", executor="ray"), "needs memory that both sides can map"),
     (dict(transport="pigeon"), "unknown transport 'pigeon'; there are auto, peer"),
     (dict(transport="peer", executor="inline"), "goes between processes"),
     (dict(hang_timeout=0), "hang_timeout must be"),

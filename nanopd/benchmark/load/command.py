@@ -19,7 +19,7 @@ from nanopd.benchmark.load.run import (
 )
 from nanopd.benchmark.load.workloads import NAMES
 from nanopd.benchmark.show import print_table, progress
-from nanopd.config import MODES, ConfigError
+from nanopd.config import EXECUTORS, MODES, ConfigError
 
 WORKLOAD, RATE = "64-256/32", 2.0  # what a laptop's core serves with the embedded model
 EVERY = 10  # seconds between two lines about a load, where no terminal shows each second
@@ -44,7 +44,7 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", help="'tiny' (embedded), a local directory, or a Hugging Face name; default: tiny")
     group.add_argument("--topology", help="workers as ROLE:DEVICE, such as 'P:0 D:1'; default: C:0, or C:cpu where there is no GPU")
     group.add_argument("--mode", choices=tuple(MODES), help="default: collocated")
-    group.add_argument("--executor", choices=("inline", "process"), help="default: inline where there is one device")
+    group.add_argument("--executor", choices=EXECUTORS, help="default: inline where there is one device")
     group.add_argument("--transport", help="between processes: auto, peer, relay or collective")
     group.add_argument("--dtype", help="float32, bfloat16 or float16")
     group.add_argument("--load-format", choices=("auto", "dummy"), help="dummy: random weights")
