@@ -46,7 +46,7 @@ CASES = {
     "cuda": Plan("qwen3-8b", "C:0 P:0 D:0", Load(mix="mixed", output_tokens=64), rates=(10, 20, 40, 60, 100, 10), seconds=2.5, options=dict(
         load_format="dummy", dtype="bfloat16", max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=8192,
         num_gpu_blocks_override=12_288)),
-    "cpu": Plan("tiny", "C:cpu P:cpu D:cpu", Load(mix="mixed", output_tokens=16), rates=(1, 2, 4, 8, 1), seconds=4.0, options=dict(
+    "cpu": Plan("tiny", "C:cpu P:cpu D:cpu", Load(mix="mixed", output_tokens=16), rates=(2, 6, 12, 24, 2), seconds=4.0, options=dict(
         dtype="float32", num_gpu_blocks_override=512)),
 }
 TWO_GPUS = "C:0 C:1 P:0 D:1"  # both ways have both GPUs
